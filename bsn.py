@@ -1,0 +1,231 @@
+"""Stage 1: blind-spot network. A first estimate x_c of the clean image, from noisy images alone (Sec. 3.4).
+
+Every pixel is predicted from its surroundings and never from itself (J-invariance). If the noise of a pixel is
+independent of the noise around it, the noise cannot be predicted, so that learning to predict the *noisy* pixel
+(L1 or L2 loss against the input itself) teaches the network the clean one. Architecture after PUCA (Jang et al.
+2023): masked convolution, dilated NAF blocks, patch-unshuffle U shape.
+
+    In    knee.h5      volumes/<name>/noisy  (S,H,W) float32, about [0,1], H and W >= 16
+    Out   bsn_out.h5   volumes/<name>/pred   (S,H,W) float32, about [0,1]: the condition x_c
+          bsn.pt       checkpoint: weights, EMA, optimizer, step, model arguments
+
+    python bsn.py --data knee.h5                           # trains bsn.pt, then writes bsn_out.h5
+    python bsn.py --data other.h5 --predict --model bsn.pt --out other_bsn.h5
+
+Symbols: y the noisy image (the paper's x'), x_c the prediction. Departures from the published PUCA, both exact:
+dilation by d is written as an ordinary convolution on the d*d subsampled images (the same arithmetic, and faster),
+and channel attention pools each of those images by itself, because pooling over the whole image lets a pixel see
+itself. `--preset paper` has the original's widths and depths.
+"""
+
+# ---------------------------------------------------------------------------------------------------------------
+# core: needs torch and einops alone; paste it anywhere
+# ---------------------------------------------------------------------------------------------------------------
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+
+class BlindSpotConv(nn.Conv2d):
+    """Convolution that cannot see the centre: the weights within |dy| + |dx| <= radius count as zero.
+
+    The kernel is the smallest that sees past the hole: 3 for radius 0 (one pixel), 2 * radius + 1 above that
+    (LG-BPN's diamond). No padding: (B,C,H,W) to (B,width,H-k+1,W-k+1).
+    """
+
+    def __init__(self, channels, width, radius):
+        super().__init__(channels, width, kernel_size=2 * max(1, radius) + 1)
+        reach = torch.arange(-max(1, radius), max(1, radius) + 1)
+        self.register_buffer("mask", (reach[:, None].abs() + reach[None].abs() > radius).float(), persistent=False)
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight * self.mask, self.bias)
+
+
+class DABlock(nn.Module):
+    """PUCA's dilated attention block on (B,C,H,W), the dilation already dealt out to the batch; see PUCA."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.expand = nn.Conv2d(width, 2 * width, 1)
+        self.spatial = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width)
+        self.attention = nn.Conv2d(width, width, 1)
+        self.project = nn.Conv2d(width, width, 1)
+        self.ffn_in, self.ffn_out = nn.Conv2d(width, 2 * width, 1), nn.Conv2d(width, width, 1)
+        self.beta, self.gamma = (nn.Parameter(torch.ones(width, 1, 1)) for _ in range(2))  # ones, as in PUCA
+
+    def forward(self, x):
+        u, v = self.spatial(self.expand(self.norm1(x.movedim(1, -1)).movedim(-1, 1))).chunk(2, dim=1)
+        u = u * v
+        x = x + self.beta * self.project(u * self.attention(u.mean((2, 3), keepdim=True)))
+        u, v = self.ffn_in(self.norm2(x.movedim(1, -1)).movedim(-1, 1)).chunk(2, dim=1)
+        return x + self.gamma * self.ffn_out(u * v)
+
+
+class DenseBlock(nn.Module):
+    """Residual block of two dense 3x3 convolutions on (B,C,H,W): on a CPU, more quality per second than DABlock."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, x):
+        return x + self.second(F.relu(self.first(x)))
+
+
+class PUCA(nn.Module):
+    """Blind-spot U-Net: the output at a pixel does not depend on any input pixel of the blind spot around it.
+
+    After the masked convolution the features are dealt out to stride*stride images, one for each residue class of
+    (row, column) modulo the stride, and everything later stays within a class. A feature of class p has seen only
+    pixels outside the hole around it, and the members of a class lie too far apart to fill each other's holes, so
+    the hole is exact, borders included.
+
+    Args:
+        channels: image channels. width: features at the first level, doubled at each next one.
+        blind_spot: diameter of the hole in pixels: 1 (white noise), 5 or 9 (correlated noise).
+        enc_blocks, middle_blocks, dec_blocks: blocks per level; each level halves the resolution.
+        dense: DenseBlocks, and a tail that sees the masked convolution's features too, instead of PUCA's DABlocks.
+    Maps (B,C,H,W) to (B,C,H,W), any H and W >= 16. Source: Jang et al. 2023; the paper's Sec. 3.4.
+    """
+
+    def __init__(self, channels=1, width=128, blind_spot=1, enc_blocks=(3, 4), middle_blocks=4, dec_blocks=(4, 3),
+                 dense=False):
+        super().__init__()
+        if blind_spot not in (1, 5, 9):
+            raise ValueError(f"blind_spot is 1, 5 or 9, not {blind_spot}")
+        radius = (blind_spot - 1) // 2
+        self.reach, self.stride = max(1, radius), 2 * max(1, radius)
+        block = DenseBlock if dense else DABlock
+        stack = lambda w, n: nn.Sequential(*(block(w) for _ in range(n)))  # noqa: E731
+        widths = [width * 2**level for level in range(len(enc_blocks) + 1)]
+        conv1 = lambda c_in, c_out: nn.Conv2d(c_in, c_out, 1)  # noqa: E731
+        if dense:
+            self.blind = BlindSpotConv(channels, width, radius)
+            self.tail = nn.Sequential(conv1(2 * width, width), nn.ReLU(), conv1(width, channels))
+        else:
+            self.blind = nn.Sequential(conv1(channels, width), BlindSpotConv(width, width, radius),
+                                       conv1(width, width), conv1(width, width))
+            self.tail = nn.Sequential(conv1(width, width), conv1(width, width), conv1(width, width // 2),
+                                      conv1(width // 2, width // 2), conv1(width // 2, channels))
+        self.encoders = nn.ModuleList(stack(w, n) for w, n in zip(widths, enc_blocks))
+        self.downs = nn.ModuleList(conv1(w, w // 2) for w in widths[:-1])
+        self.middle = stack(widths[-1], middle_blocks)
+        self.ups = nn.ModuleList(conv1(w, 2 * w) for w in widths[:0:-1])
+        self.decoders = nn.ModuleList(stack(w, n) for w, n in zip(widths[-2::-1], dec_blocks))
+        self.dense = dense
+
+    def forward(self, y):
+        h, w = y.shape[-2:]
+        unit, before = self.stride * 2 ** len(self.encoders), self.stride * 2
+        pad = (before, unit - (w + before) % unit, before, unit - (h + before) % unit)
+        # Reflection keeps the class of a pixel modulo 2 (the mirror image of -k is k), not modulo 4 or 8.
+        x = F.pad(y, pad, mode="reflect") if self.stride == 2 else F.pad(y, pad)
+        x = self.blind(F.pad(x, 4 * (self.reach,)))
+        x = seen = rearrange(x, "b c (h p) (w q) -> (p q b) c h w", p=self.stride, q=self.stride)
+        skips = []
+        for encoder, down in zip(self.encoders, self.downs):
+            skips.append(encoder(x))
+            x = F.pixel_unshuffle(down(skips[-1]), 2)  # PUCA's patch-unshuffle, on images that are subsampled already
+        x = self.middle(x)
+        for up, decoder in zip(self.ups, self.decoders):
+            x = decoder(F.pixel_shuffle(up(x), 2) + skips.pop())
+        x = self.tail(torch.cat([x, seen], 1) if self.dense else x)
+        x = rearrange(x, "(p q b) c h w -> b c (h p) (w q)", p=self.stride, q=self.stride)
+        return x[..., before : before + h, before : before + w]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# train and predict
+# ---------------------------------------------------------------------------------------------------------------
+import argparse
+
+from torch.optim.swa_utils import AveragedModel
+
+import data
+import runtime
+
+PRESETS = {
+    "fast": dict(width=32, enc_blocks=[2], middle_blocks=2, dense=True, loss="l2",
+                 steps=1500, batch=2, crop=96, lr=2e-3, ema=0.995),
+    # Widths, depths, loss and learning rate of the published PUCA; about its number of images seen.
+    "paper": dict(width=128, enc_blocks=[3, 4], middle_blocks=4, dense=False, loss="l1",
+                  steps=200_000, batch=2, crop=256, lr=1e-4, ema=0.999),
+}
+
+
+def train(args, checkpoint=None):
+    """Trains on the noisy images of the train split (self-supervised); writes args.model."""
+    where = runtime.device(args.device)
+    noisy = data.read_volumes(args.data, "noisy", "train")
+    data.check_crop(noisy, args.crop)
+    torch.manual_seed(args.seed)
+    model_args = checkpoint["model_args"] if checkpoint else dict(
+        width=args.width, blind_spot=args.blind_spot, enc_blocks=args.enc_blocks, middle_blocks=args.middle_blocks,
+        dec_blocks=args.enc_blocks[::-1], dense=args.dense)
+    model = PUCA(**model_args).to(where, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
+    scheduler = runtime.warmup_cosine(optimizer, args.steps)
+    ema = AveragedModel(model, multi_avg_fn=runtime.ema_update(args.ema))
+    run = runtime.Training("bsn", args, checkpoint, model, optimizer, scheduler, ema, model_args,
+                           inputs=data.fingerprints(args.data))
+    for step in run.steps():
+        (y,) = data.random_crops([noisy], args.batch, args.crop, runtime.step_rng(args.seed, step), run.rank, run.world)
+        y = y.to(where, memory_format=torch.channels_last)
+        optimizer.zero_grad(set_to_none=True)
+        with runtime.autocast(where):
+            error = run.net(y).float() - y
+            loss = error.abs().mean() if args.loss == "l1" else error.square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        ema.update_parameters(model)
+        run.report(loss)
+
+
+@torch.inference_mode()
+def predict(args):
+    """Writes the prediction for every volume of args.data, with the EMA weights of args.model, to args.out."""
+    where = runtime.device(args.device)
+    model, _ = runtime.restore(PUCA, args.model, "bsn", where)
+    noisy = data.read_volumes(args.data, "noisy")
+    with data.write_volumes(args.out, "prediction", "bsn", vars(args), like=args.data) as new_volume:
+        for name, volume in noisy.items():
+            (pred,) = new_volume(name, volume.shape, ["pred"])
+            for rows, y in data.batches(volume, 4):
+                with runtime.autocast(where):
+                    pred[rows] = model(y.to(where, memory_format=torch.channels_last))[:, 0].float().cpu()
+    print(f"bsn: {len(noisy)} volumes -> {args.out}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# command
+# ---------------------------------------------------------------------------------------------------------------
+def main(argv=None):
+    p = runtime.training_parser(__doc__, PRESETS, "bsn.pt")
+    p.add_argument("--data", required=True, help="dataset (.h5)")
+    p.add_argument("--out", default="bsn_out.h5", help="prediction to write (default bsn_out.h5)")
+    p.add_argument("--predict", action="store_true", help="only predict, with the trained --model")
+    p.add_argument("--blind-spot", type=int, choices=(1, 5, 9), default=1, help="diameter of the hole, pixels: 1 for white "
+                   "noise, 5 or 9 for noise correlated over 0.5 or 1.2 pixels (default 1)")
+    p.add_argument("--width", type=runtime.positive, help="features at the first level")
+    p.add_argument("--enc-blocks", type=runtime.positive, nargs="+", help="blocks per level on the way down, and up in reverse")
+    p.add_argument("--middle-blocks", type=runtime.positive, help="blocks at the lowest level")
+    p.add_argument("--dense", action=argparse.BooleanOptionalAction, default=None, help="dense blocks, not PUCA's")
+    p.add_argument("--loss", choices=("l1", "l2"), help="between prediction and noisy pixel")
+    p.add_argument("--ema", type=float, help="decay per step of the averaged weights")
+    args = p.parse_args(argv)
+    runtime.check_outputs([args.data], [args.out] if args.predict else [args.out, args.model])
+    if not args.predict:
+        train(args, runtime.settle(args, PRESETS, "bsn"))
+    if runtime.leave_others():
+        predict(args)
+
+
+if __name__ == "__main__":
+    runtime.command(main)

@@ -1,0 +1,339 @@
+"""Volumes between the stages: one HDF5 schema for every file, splits, random crops, and `import` from image files.
+
+    /volumes/<name>        attrs: split (train|val|test), scale, offset, source, fingerprint
+        noisy (S,H,W) f4   what the scanner gave, mapped linearly to about [0,1], never clipped
+        clean (S,H,W) f4   optional; opened only by evaluate.py and by a run told --target clean
+        pred  (S,H,W) f4   in prediction files, under the same volume names
+        std   (S,H,W) f4   optional: per-pixel uncertainty of pred
+    file attrs             format, version, kind (dataset|prediction), stage, args, seed, inputs, noise
+
+original intensity = value * scale + offset. The fingerprint is a hash of a volume's noisy values; a prediction carries
+that of the volume it was made from, and whoever uses the two together checks it.
+
+    python data.py import --source brain --out clean.h5
+    python data.py import scans/ more/head.nii.gz --out knee.h5 --split 0.8,0.1,0.1
+    python data.py show knee.h5
+"""
+
+import contextlib
+import hashlib
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+
+import formats
+import runtime
+
+FORMAT, VERSION = "diffdenoise", 1
+SPLITS = ("train", "val", "test")
+IN_MEMORY = 4 << 30  # bytes; larger datasets are read slice by slice
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the file contract
+# ---------------------------------------------------------------------------------------------------------------
+class Streamed:
+    """An (S,H,W) dataset left on disk: reads, and checks, only what is asked for."""
+
+    def __init__(self, dataset, where):
+        self.dataset, self.where, self.shape, self.dtype = dataset, where, dataset.shape, dataset.dtype
+
+    def __getitem__(self, index):
+        return finite(self.dataset[index], self.where)
+
+
+def finite(array, where):
+    bad = array.size - np.count_nonzero(np.isfinite(array))
+    if bad:
+        raise ValueError(f"{where} holds {bad} values that are NaN or infinite")
+    return array
+
+
+def open_file(path):
+    """Opens a file of the contract. Raises ValueError with one reason if it is not one."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    if not h5py.is_hdf5(path):
+        raise ValueError(f"{path} is not an HDF5 file")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read, it may be incomplete: {error}") from None
+    if not isinstance(file.get("volumes"), h5py.Group) or not len(file["volumes"]):
+        raise ValueError(f"{path} has no volumes (expected groups /volumes/<name>); `python data.py import` makes such files")
+    return file
+
+
+def read_volumes(path, key="noisy", split=None, memory=IN_MEMORY):
+    """The arrays `key` of a file: {volume name: (S,H,W) float32 array}, all splits or one.
+
+    Together larger than `memory` bytes, they stay on disk and are read slice by slice as they are indexed.
+
+    Raises:
+        ValueError: no such file, not of the contract, no such key or split, wrong shape, NaN, infinite or constant values.
+    """
+    file, found = open_file(path), {}
+    for name, group in file["volumes"].items():
+        if split not in (None, "all", group.attrs.get("split", "train")):
+            continue
+        where = f"{path}: volume {name!r}"
+        if key not in group:
+            raise ValueError(f"{where} has no {key!r}, only {sorted(group) or 'nothing'}")
+        array = group[key]
+        if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "uif":
+            raise ValueError(f"{where}: {key!r} is {array.dtype} of shape {array.shape}, not (slices, height, width)")
+        if key == "noisy" and min(array.shape[1:]) < 16:
+            raise ValueError(f"{where}: slices of {array.shape[1]}x{array.shape[2]} pixels are smaller than 16x16")
+        found[name] = Streamed(array, f"{where}: {key!r}")
+    if not found:
+        raise ValueError(f"{path} has no volume of split {split!r}")
+    if sum(4 * np.prod(a.shape, dtype=float) for a in found.values()) > memory:
+        return found
+    found = {name: np.asarray(a[:], np.float32) for name, a in found.items()}
+    for name, array in found.items():
+        if key == "noisy" and np.ptp(array) == 0:
+            raise ValueError(f"{path}: volume {name!r} is constant ({array.flat[0]:g}): there is nothing to denoise")
+    return found
+
+
+def read_attrs(path):
+    """(attributes of the file, {volume name: attributes}); JSON decoded."""
+    with open_file(path) as file:
+        attrs = {k: json.loads(v) if k in ("args", "inputs", "noise") else v for k, v in file.attrs.items()}
+        return attrs, {name: dict(group.attrs) for name, group in file["volumes"].items()}
+
+
+def fingerprint(array):
+    """Hash of an (S,H,W) array's shape and float32 values, read slice by slice."""
+    digest = hashlib.blake2b(repr(tuple(array.shape)).encode(), digest_size=8)
+    for s in range(array.shape[0]):
+        digest.update(np.ascontiguousarray(array[s], np.float32).tobytes())
+    return digest.hexdigest()
+
+
+def fingerprints(path):
+    """{volume name: fingerprint of the noisy data it is, or was predicted from}; computed where a file does not say."""
+    with open_file(path) as file:
+        return {
+            name: group.attrs.get("fingerprint") or (fingerprint(group["noisy"]) if "noisy" in group else "unknown")
+            for name, group in file["volumes"].items()
+        }
+
+
+def read_matching(path, dataset, key="pred", split=None):
+    """Like read_volumes, for a prediction that must have been made from `dataset`. Volumes it lacks are left out.
+
+    Raises:
+        ValueError: predicted from other data, or shapes that differ; names both files and the volume.
+    """
+    mine, theirs = fingerprints(path), fingerprints(dataset)
+    shared = [name for name in mine if name in theirs]
+    if not shared:
+        raise ValueError(f"{path} and {dataset} have no volume in common: {sorted(mine)[:3]} and {sorted(theirs)[:3]}")
+    with open_file(path) as a, open_file(dataset) as b:
+        for name in shared:
+            ours, other = a["volumes"][name].get(key), b["volumes"][name].get("noisy")
+            if ours is not None and other is not None and ours.shape != other.shape:
+                raise ValueError(f"volume {name!r} is {ours.shape} in {path} but {other.shape} in {dataset}")
+    wrong = [name for name in shared if mine[name] != theirs[name]]
+    if wrong:
+        raise ValueError(f"{path} was not made from {dataset}: volume {wrong[0]!r} has fingerprint {mine[wrong[0]]} there, "
+                         f"{theirs[wrong[0]]} here ({len(wrong)} of {len(shared)} volumes differ)")
+    return read_volumes(path, key, split)
+
+
+@contextlib.contextmanager
+def write_volumes(path, kind, stage, args=None, like=None, inputs=None, noise=None):
+    """A new file of the contract, which takes its name only when the block ends without error.
+
+    Yields `add(name, shape, keys, **attrs)`, which adds an empty volume and returns its datasets in the order of `keys`,
+    to be filled slice by slice.
+
+    Args:
+        kind: "dataset" or "prediction". stage: the program that writes. args: its flags, with `seed`.
+        like: the file whose volume attributes (split, scale, offset, source, fingerprint) are taken over.
+        inputs: {file name: fingerprint}. noise: what is known of the noise, a dict.
+    """
+    known, volumes = read_attrs(like) if like else ({}, {})
+    if like:  # a volume that carries no fingerprint of its own gets one here
+        volumes = {name: {**volumes[name], "fingerprint": mark} for name, mark in fingerprints(like).items()}
+    with runtime.whole(path) as temporary, h5py.File(temporary, "w") as file:
+        flags = {k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in (args or {}).items()}
+        file.attrs.update(
+            format=FORMAT, version=VERSION, kind=kind, stage=stage, seed=int(flags.get("seed") or 0), args=json.dumps(flags),
+            inputs=json.dumps(inputs or known.get("inputs", {})), noise=json.dumps(noise or known.get("noise", {})),
+        )
+        group_of_all = file.create_group("volumes")
+
+        def add(name, shape, keys, **attrs):
+            group = group_of_all.create_group(name)
+            group.attrs.update({**volumes.get(name, {}), **attrs})
+            chunks = (1, *(min(128, n) for n in shape[1:]))
+            return [group.create_dataset(key, shape, np.float32, chunks=chunks) for key in keys]
+
+        yield add
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# crops
+# ---------------------------------------------------------------------------------------------------------------
+def check_crop(volumes, size):
+    """Raises ValueError if a volume is smaller than the crop."""
+    for name, array in volumes.items():
+        if min(array.shape[1:]) < size:
+            h, w = array.shape[1:]
+            raise ValueError(f"volume {name!r} has slices of {h}x{w} pixels, smaller than --crop {size}; "
+                             f"use --crop {min(h, w)} or less")
+
+
+def random_crops(stacks, batch, size, rng, rank=0, world=1):
+    """The same random crops, with the same one of the eight flips and rotations each, from several sets of volumes.
+
+    Args:
+        stacks: list of {name: (S,H,W)} with equal shapes; the names of the first count. batch: crops in all.
+        size: pixels. rng: numpy Generator. rank, world: take only every world-th crop of the batch.
+    Returns a list of float32 tensors (batch / world, 1, size, size), channels last. Every slice is equally likely.
+
+    All indices are drawn at once; the pixels are copied once, from views (0.1 ms a batch, where gathering by index
+    arrays takes 0.4 ms), which serves arrays on disk as well.
+    """
+    names = list(stacks[0])
+    ends = np.cumsum([stacks[0][name].shape[0] for name in names])
+    which = rng.integers(ends[-1], size=batch)
+    corner, turn = rng.random((batch, 2)), rng.integers(8, size=batch)
+    mine = range(rank, batch, world)
+    out = np.empty((len(stacks), len(mine), size, size), np.float32)
+    for row, j in enumerate(mine):
+        v = int(np.searchsorted(ends, which[j], side="right"))
+        name, s = names[v], int(which[j] - (ends[v - 1] if v else 0))
+        h, w = stacks[0][name].shape[1:]
+        y, x = int(corner[j, 0] * (h - size + 1)), int(corner[j, 1] * (w - size + 1))
+        for k, stack in enumerate(stacks):
+            crop = stack[name][s, y : y + size, x : x + size]
+            crop = crop.T if turn[j] & 1 else crop
+            out[k, row] = crop[:: -1 if turn[j] & 2 else 1, :: -1 if turn[j] & 4 else 1]
+    return [torch.from_numpy(a[:, None]) for a in out]
+
+
+def rms_difference(a, b):
+    """Root mean square of a - b over all slices of two sets of volumes of equal shapes."""
+    squares = count = 0.0
+    for name, volume in a.items():
+        for s in range(volume.shape[0]):
+            squares += float(np.square(volume[s] - b[name][s], dtype=np.float64).sum())
+            count += volume[s].size
+    return (squares / count) ** 0.5
+
+
+def batches(array, size):
+    """Yields (slice object, float32 tensor (b,1,H,W)) over the slices of an (S,H,W) array."""
+    for start in range(0, array.shape[0], size):
+        rows = slice(start, min(start + size, array.shape[0]))
+        yield rows, torch.from_numpy(np.asarray(array[rows], np.float32)[:, None])
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# command: import, show
+# ---------------------------------------------------------------------------------------------------------------
+def blocks(count, shares):
+    """Splits `count` consecutive slices into contiguous blocks: [(split, first, end)], val and test in the middle.
+
+    The middle of a volume is the most like the rest of it; its ends often hold little but background.
+    """
+    val, test = at_least_one(count, shares)
+    first = (count - val - test) // 2 if shares[0] else 0
+    edges = [("train", 0, first), ("val", first, first + val), ("test", first + val, first + val + test)]
+    return [b for b in [*edges, ("train", first + val + test, count)] if b[1] < b[2]]
+
+
+def at_least_one(count, shares):
+    """How many of `count` things are for val and test: at least one each, unless there are fewer than three in all."""
+    return [max(1, round(count * share)) if share and (count >= 3 or share == 1) else 0 for share in shares[1:]]
+
+
+def import_images(args):
+    """Reads image files, maps each volume linearly to [0,1] by its own minimum and maximum, splits, writes."""
+    if not args.sources:
+        raise ValueError("name files or folders to import, or --source brain")
+    shares = [1.0, 0, 0] if args.split == "train" else [0, 1.0, 0] if args.split == "val" else [0, 0, 1.0]
+    if args.split not in SPLITS:
+        try:
+            shares = [float(s) for s in args.split.split(",")]
+        except ValueError:
+            shares = []
+        if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"--split {args.split}: give train, val, test, or three shares that sum to 1, such as 0.8,0.1,0.1")
+    found = [volume for source in args.sources for volume in formats.volumes(source)]
+    names = set()
+    with write_volumes(args.out, "dataset", "import", vars(args)) as add:
+        # Whole volumes where there are enough of them, or nothing to divide in one; else contiguous blocks of slices.
+        whole = len(found) >= 10 or min(len(v.slices) for v in found) < 10
+        few = at_least_one(len(found), shares)
+        of_volume = [s for s, n in zip(SPLITS, (len(found) - sum(few), *few)) for _ in range(n)]
+        for k, volume in enumerate(found):
+            name, number = volume.name.replace("/", "_"), 2
+            while name in names:
+                name, number = f"{volume.name}-{number}", number + 1
+            names.add(name)
+            raw = finite(volume.slices.astype(np.float64), volume.source)
+            low, high = float(raw.min()), float(raw.max())
+            if low == high:
+                raise ValueError(f"{volume.source}: volume {name!r} is constant ({low:g}): there is nothing to denoise")
+            scale, offset = (low - high, high) if volume.inverted else (high - low, low)
+            values = patches(((raw - offset) / scale).astype(np.float32), args.patch)
+            parts = [(of_volume[k], 0, len(values))] if whole else blocks(len(values), shares)
+            for split, first, end in parts:
+                part = name if len(parts) == 1 else f"{name}_{first:03d}-{end - 1:03d}"
+                (out,) = add(part, values[first:end].shape, ["noisy"], split=split, scale=scale, offset=offset,
+                                    source=volume.source, fingerprint=fingerprint(values[first:end]))
+                out[:] = values[first:end]
+
+
+def patches(slices, size):
+    """The centred grid of whole size x size patches of each slice, as more slices; a side shorter than `size` stays whole."""
+    if size is None:
+        return slices
+    (h, w), (ph, pw) = slices.shape[1:], (min(size, n) for n in slices.shape[1:])
+    y, x = (h % ph) // 2, (w % pw) // 2
+    grid = slices[:, y : y + h // ph * ph, x : x + w // pw * pw].reshape(len(slices), h // ph, ph, w // pw, pw)
+    return grid.transpose(0, 1, 3, 2, 4).reshape(-1, ph, pw)
+
+
+def show(args):
+    """Prints what a file holds, a line per volume."""
+    attrs, volumes = read_attrs(args.file)
+    print(json.dumps(attrs, indent=1, default=str))
+    with open_file(args.file) as file:
+        for name, group in file["volumes"].items():
+            arrays = ", ".join(f"{key} {tuple(a.shape)}" for key, a in group.items())
+            print(f"{name}: {arrays}, split {volumes[name].get('split')}, source {volumes[name].get('source')}")
+
+
+def main(argv=None):
+    p = runtime.parser(__doc__)
+    commands = p.add_subparsers(required=True)
+    q = commands.add_parser("import", help="image files to a dataset")
+    q.add_argument("sources", nargs="*", help="DICOM, NIfTI, PNG, JPEG, TIFF or .npy files, or folders of them")
+    q.add_argument("--source", action="append", default=[], help="the same; `brain` is the built-in brain")
+    q.add_argument("--out", required=True, help="dataset to write (.h5)")
+    q.add_argument("--split", default="0.8,0.1,0.1", help="train, val or test for all; or three shares, by volume from 10 "
+                   "volumes up, else by contiguous blocks of slices (default 0.8,0.1,0.1)")
+    q.add_argument("--patch", type=runtime.positive, help="cut slices into whole patches of this side, pixels (the paper: 300)")
+    q.set_defaults(run=import_images)
+    q = commands.add_parser("show", help="what a file holds")
+    q.add_argument("file")
+    q.set_defaults(run=show)
+    args = p.parse_args(argv)
+    if args.run is import_images:
+        args.sources += args.source
+        runtime.check_outputs(args.sources, [args.out])
+    run = args.__dict__.pop("run")
+    return run(args)
+
+
+if __name__ == "__main__":
+    runtime.command(main)

@@ -1,0 +1,277 @@
+"""Stage 2: conditional diffusion model, trained on the noisy images themselves (Secs. 3.2-3.4, Eqs. 1-2).
+
+The model learns the distribution of the noisy image y given the condition x_c, the blind-spot network's estimate; a
+strong condition leaves little to model but detail and noise, and symmetric sampling (srds.py) then cancels the noise.
+
+    In    knee.h5       volumes/<name>/noisy  (S,H,W) float32, about [0,1]
+          bsn_out.h5    volumes/<name>/pred   (S,H,W) float32, about [0,1]; any prediction file made from knee.h5
+    Out   diffusion.pt  checkpoint: weights, EMA, optimizer, step, model arguments, what X means
+
+    python diffusion.py --data knee.h5 --cond bsn_out.h5
+    python diffusion.py --data knee.h5 --cond bsn_out.h5 --target image --predict eps     # the paper's form
+
+Symbols: y the noisy image (the paper's x'), c the condition x_c, eps the noise, t = 0 ... T-1 the timestep,
+abar[t] the *cumulative* product that Eq. 1 writes alpha_t. What is diffused is X:
+
+    --target image      X = 2 y - 1               Sec. 3.3
+    --target residual   X = (y - x_c) / std       Sec. 3.2, r = x' - x_c, scaled to unit variance (default)
+    --predict eps       the network gives eps     Eq. 2
+    --predict v         the network gives v = sqrt(abar) eps - sqrt(1-abar) X: informative at every t (default)
+
+Network and schedule after improved DDPM (Nichol & Dhariwal 2021); `--preset paper` has its widths and predicts eps of
+the image. Where abar is close to 0 the network's eps says nothing of X, so a run that starts there would divide by
+almost 0: timesteps with sqrt(abar) below 0.02 are neither trained nor sampled.
+"""
+
+# ---------------------------------------------------------------------------------------------------------------
+# core: needs torch and einops alone; paste it anywhere
+# ---------------------------------------------------------------------------------------------------------------
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from einops import rearrange
+
+
+def alpha_bar(T=1000, least=0.02):
+    """Cosine schedule (Nichol & Dhariwal 2021): abar (T',) float64, cumulative; Eq. 1 calls it alpha_t.
+
+    Keeps the first T' <= T timesteps, those with sqrt(abar) >= least; least=0 keeps all.
+    """
+    f = torch.cos((torch.arange(T + 1, dtype=torch.float64) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    abar = torch.cumprod(1 - (1 - f[1:] / f[:-1]).clamp(max=0.999), 0)
+    return abar[abar.sqrt() >= least]
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions; the timestep scales and shifts what lies between them. groups=0 leaves out GroupNorm."""
+
+    def __init__(self, c_in, c_out, time, groups):
+        super().__init__()
+        norm = lambda c: nn.GroupNorm(groups, c) if groups else nn.Identity()  # noqa: E731
+        self.first = nn.Sequential(norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.time = nn.Linear(time, 2 * c_out)
+        self.norm = norm(c_out)
+        self.second = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, x, time):
+        scale, shift = self.time(time)[:, :, None, None].chunk(2, dim=1)
+        return self.skip(x) + self.second(F.silu(self.norm(self.first(x)) * (1 + scale) + shift))
+
+
+class Attention(nn.Module):
+    """Self-attention over all pixels, 4 heads; (B,C,H,W) to (B,C,H,W)."""
+
+    def __init__(self, width, groups):
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, width) if groups else nn.Identity()
+        self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.qkv(self.norm(x)), "b (n h d) y x -> n b h (y x) d", n=3, h=4)
+        mixed = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(rearrange(mixed, "b h (y x) d -> b (h d) y x", y=x.shape[2]))
+
+
+class UNet(nn.Module):
+    """eps or v from (x_t, c, t); the condition is concatenated to x_t.
+
+    Args:
+        channels: of the image and of the condition. width: features at the first level.
+        mult: features at each level, in widths; every level after the first halves the resolution.
+        blocks: ResBlocks per level. attention: the levels (0-based) that have self-attention.
+        patch: 2 works on 2x2 pixels as channels (half resolution): on a CPU, more quality per second.
+        groups: of GroupNorm; 0 for none.
+    Maps x_t, c (B,C,H,W) and t (B,) to (B,C,H,W), any H and W >= 16. Source: Nichol & Dhariwal 2021.
+    """
+
+    def __init__(self, channels=1, width=128, mult=(1, 1, 2, 2, 4, 4), blocks=2, attention=(4, 5), patch=1, groups=32):
+        super().__init__()
+        time = 4 * width
+        self.width, self.patch, self.levels = width, patch, len(mult)
+        self.time = nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time), nn.SiLU())
+        self.intro = nn.Conv2d(2 * channels * patch**2, width, 3, padding=1)
+        self.encoder, self.decoder, skips, w = nn.ModuleList(), nn.ModuleList(), [width], width
+
+        def step(c_in, c_out, level):  # a ResBlock, and attention where the level has it
+            return nn.ModuleList([ResBlock(c_in, c_out, time, groups)] + [Attention(c_out, groups)] * (level in attention))
+
+        for level, m in enumerate(mult):
+            if level:
+                self.encoder.append(nn.ModuleList([nn.Conv2d(w, w, 3, stride=2, padding=1)]))
+                skips.append(w)
+            for _ in range(blocks):
+                self.encoder.append(step(w, m * width, level))
+                w = m * width
+                skips.append(w)
+        self.middle = nn.ModuleList([ResBlock(w, w, time, groups), Attention(w, groups), ResBlock(w, w, time, groups)])
+        if not attention:
+            del self.middle[1]
+        for level, m in reversed(list(enumerate(mult))):
+            for n in range(blocks + 1):
+                layers = step(w + skips.pop(), m * width, level)
+                w = m * width
+                if level and n == blocks:
+                    layers.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(w, w, 3, padding=1)))
+                self.decoder.append(layers)
+        self.outro = nn.Sequential(nn.GroupNorm(groups, w) if groups else nn.Identity(), nn.SiLU(),
+                                   nn.Conv2d(w, channels * patch**2, 3, padding=1))
+        nn.init.zeros_(self.outro[-1].weight)
+        nn.init.zeros_(self.outro[-1].bias)
+
+    def forward(self, x_t, c, t):
+        h, w = x_t.shape[-2:]
+        unit = self.patch * 2 ** (self.levels - 1)
+        x = F.pad(torch.cat([x_t, c], 1), (0, -w % unit, 0, -h % unit), mode="reflect")
+        frequency = torch.exp(torch.arange(self.width // 2, device=x.device) * (-math.log(10000) / (self.width // 2)))
+        angle = t.float()[:, None] * frequency
+        time = self.time(torch.cat([angle.cos(), angle.sin()], 1))
+        run = lambda layers, x: [x := f(x, time) if isinstance(f, ResBlock) else f(x) for f in layers][-1]  # noqa: E731
+        x = self.intro(F.pixel_unshuffle(x, self.patch))
+        skips = [x]
+        for layers in self.encoder:
+            x = run(layers, x)
+            skips.append(x)
+        x = run(self.middle, x)
+        for layers in self.decoder:
+            x = run(layers, torch.cat([x, skips.pop()], 1))
+        return F.pixel_shuffle(self.outro(x), self.patch)[..., :h, :w]
+
+
+def velocity(x0, eps, a):
+    """v = sqrt(abar) eps - sqrt(1-abar) X (Salimans & Ho 2022)."""
+    return a.sqrt() * eps - (1 - a).sqrt() * x0
+
+
+def diffusion_loss(network, x0, c, abar, t, eps, predict="eps"):
+    """Eqs. 1-2: L1 distance between what the network predicts from x_t and what it should.
+
+    Args: x0 (B,C,H,W) the clean end of the diffusion, X; c (B,C,H,W); abar (T,); t (B,) integers; eps like x0, standard
+    normal; predict: "eps" (Eq. 2) or "v". Returns a scalar.
+    """
+    a = abar.to(x0.device, x0.dtype)[t].view(-1, 1, 1, 1)
+    x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
+    target = eps if predict == "eps" else velocity(x0, eps, a)
+    return (network(x_t, c, t).float() - target).abs().mean()
+
+
+def eps_model(network, abar, predict="eps"):
+    """The callable (x_t, c, t) to eps that the samplers of srds.py take, from a network that predicts eps or v."""
+
+    def model(x_t, c, t):
+        out = network(x_t, c, t).float()
+        if predict == "eps":
+            return out
+        a = abar.to(out.device, out.dtype)[t].view(-1, 1, 1, 1)
+        return a.sqrt() * out + (1 - a).sqrt() * x_t
+
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# train
+# ---------------------------------------------------------------------------------------------------------------
+from torch.optim.swa_utils import AveragedModel
+
+import data
+import runtime
+
+PRESETS = {
+    "fast": dict(target="residual", predict="v", width=32, mult=[1, 2, 4], blocks=1, attention=[], patch=2, groups=0,
+                 steps=1500, batch=8, crop=96, lr=1e-3, ema=0.995, T=1000, sampling_steps=5),
+    # Widths, schedule, optimizer and EMA of improved DDPM at 256 pixels; the paper gives "200 epochs".
+    "paper": dict(target="image", predict="eps", width=128, mult=[1, 1, 2, 2, 4, 4], blocks=2, attention=[4, 5], patch=1,
+                  groups=32, steps=200_000, batch=32, crop=256, lr=1e-4, ema=0.9999, T=1000, sampling_steps=50),
+}
+
+
+def scaled(c):
+    """A condition about [0,1] as the network sees it, about [-1,1]."""
+    return 2 * c - 1
+
+
+def to_x(y, c, form):
+    """What is diffused, X, from noisy image y and condition c; `form` is the checkpoint's `extra`."""
+    return 2 * y - 1 if form["target"] == "image" else (y - c) / form["std"]
+
+
+def to_image(x, c, form):
+    """The inverse of `to_x`."""
+    return (x + 1) / 2 if form["target"] == "image" else c + form["std"] * x
+
+
+def unit(form):
+    """Image intensity of one unit of X."""
+    return 0.5 if form["target"] == "image" else form["std"]
+
+
+def train(args, checkpoint=None):
+    """Trains on the noisy images of the train split and their conditions; writes args.model."""
+    where = runtime.device(args.device)
+    y_all = data.read_volumes(args.data, "noisy", "train")
+    c_all = data.read_matching(args.cond, args.data, split="train")
+    y_all = {name: y_all[name] for name in c_all}
+    data.check_crop(y_all, args.crop)
+    inputs = {**data.fingerprints(args.cond)}
+    if checkpoint:
+        model_args, form = checkpoint["model_args"], checkpoint["extra"]
+    else:
+        model_args = {k: getattr(args, k) for k in ("width", "mult", "blocks", "attention", "patch", "groups")}
+        form = dict(target=args.target, predict=args.predict, T=args.T, std=data.rms_difference(y_all, c_all),
+                    sampling_steps=args.sampling_steps)
+    torch.manual_seed(args.seed)
+    model = UNet(**model_args).to(where, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
+    scheduler = runtime.warmup_cosine(optimizer, args.steps)
+    ema = AveragedModel(model, multi_avg_fn=runtime.ema_update(args.ema))
+    abar = alpha_bar(args.T)
+    run = runtime.Training("diffusion", args, checkpoint, model, optimizer, scheduler, ema, model_args, form, inputs)
+    for step in run.steps():
+        rng = runtime.step_rng(args.seed, step)
+        y, c = data.random_crops([y_all, c_all], args.batch, args.crop, rng, run.rank, run.world)
+        t = torch.from_numpy(rng.integers(len(abar), size=args.batch)[run.rank :: run.world])
+        eps = runtime.gaussian(rng, args.batch, *y.shape[1:])[run.rank :: run.world]
+        y, c, t, eps = (z.to(where) for z in (y, c, t, eps))
+        optimizer.zero_grad(set_to_none=True)
+        with runtime.autocast(where):
+            loss = diffusion_loss(run.net, to_x(y, c, form), scaled(c), abar, t, eps, form["predict"])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        ema.update_parameters(model)
+        run.report(loss)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# command
+# ---------------------------------------------------------------------------------------------------------------
+def main(argv=None):
+    p = runtime.training_parser(__doc__, PRESETS, "diffusion.pt")
+    p.add_argument("--data", required=True, help="dataset (.h5)")
+    p.add_argument("--cond", required=True, help="prediction file (.h5) made from it: the condition x_c")
+    p.add_argument("--target", choices=("image", "residual"), help="what is diffused: y or (y - x_c) / std")
+    p.add_argument("--predict", choices=("eps", "v"), help="what the network predicts")
+    p.add_argument("--width", type=runtime.positive, help="features at the first level")
+    p.add_argument("--mult", type=runtime.positive, nargs="+", help="features at each level, in widths")
+    p.add_argument("--blocks", type=runtime.positive, help="ResBlocks per level")
+    p.add_argument("--attention", type=int, nargs="*", help="levels (0 is the first) with self-attention")
+    p.add_argument("--patch", type=runtime.positive, help="2: work on 2x2 pixels as channels; 1: on pixels")
+    p.add_argument("--groups", type=int, help="of GroupNorm; 0: no norm")
+    p.add_argument("--ema", type=float, help="decay per step of the averaged weights")
+    p.add_argument("--T", type=runtime.positive, help="timesteps")
+    p.add_argument("--sampling-steps", type=runtime.positive, help="DDIM steps that srds.py takes unless told otherwise")
+    args = p.parse_args(argv)
+    runtime.check_outputs([args.data, args.cond], [args.model])
+    checkpoint = runtime.settle(args, PRESETS, "diffusion")
+    train(args, checkpoint)
+
+
+if __name__ == "__main__":
+    runtime.command(main)

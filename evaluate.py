@@ -1,0 +1,143 @@
+"""Tables and figures: PSNR, SSIM and noise leak of any prediction files against the clean images.
+
+    In    knee.h5               volumes/<name>/clean and noisy  (S,H,W) float32
+          bsn_out.h5 ...        volumes/<name>/pred             (S,H,W) float32, made from knee.h5
+    Out   a Markdown table; --json results.json {method: {psnr, psnr_sd, ssim, ssim_sd, leak, n}}; --figure report.png
+
+    python evaluate.py --data knee.h5 --pred bsn_out.h5 srds_out.h5 distill_out.h5 --json results.json --figure report.png
+    python evaluate.py --data knee.h5 --pred BSN=bsn_out.h5 "SRDS pair=srds_out.h5"        # names of your own
+
+PSNR and SSIM are scikit-image's, data_range 1, SSIM's window 7x7, slice by slice; nothing is clipped or rounded first.
+Leak = <output - x, n> / <n, n> with x clean and n = noisy - x: the share of the noise that is still there, 0 for an
+output that has not seen the noise of its own pixel, 1 for the noisy image.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import wilcoxon
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+import data
+import runtime
+
+PROTOCOL = "PSNR (dB) and SSIM: scikit-image, data_range 1, 7x7 window, per slice, not clipped; mean ± sd over slices."
+
+
+def psnr_ssim(x, clean):
+    """(PSNR in dB, SSIM) of one slice x (H,W) against the clean one; range 1, no clipping."""
+    return peak_signal_noise_ratio(clean, x, data_range=1.0), structural_similarity(clean, x, data_range=1.0)
+
+
+def leak(x, clean, noisy):
+    """Share of the noise that is left in x: <x - clean, n> / <n, n>, n = noisy - clean. Arrays of any equal shape."""
+    n = np.asarray(noisy, np.float64) - clean
+    return float(((x - clean) * n).sum() / (n * n).sum())
+
+
+def measure(path, pred, split):
+    """Per-slice measures of one prediction file: {"psnr", "ssim", "leak": arrays (n,)}; pred None: of the noisy images."""
+    clean, noisy = data.read_volumes(path, "clean", split), data.read_volumes(path, "noisy", split)
+    out = noisy if pred is None else data.read_matching(pred, path, split=split)
+    missing = [name for name in clean if name not in out]
+    if missing:
+        raise ValueError(f"{pred} lacks volume {missing[0]!r} of the {split} split of {path}")
+    rows = [(*psnr_ssim(out[name][s], x[s]), leak(out[name][s], x[s], noisy[name][s]))
+            for name, x in clean.items() for s in range(x.shape[0])]
+    return dict(zip(("psnr", "ssim", "leak"), np.array(rows).T))
+
+
+def summary(slices):
+    """The measures of one method as plain numbers."""
+    p, s = slices["psnr"], slices["ssim"]
+    return dict(psnr=p.mean(), psnr_sd=p.std(), ssim=s.mean(), ssim_sd=s.std(), leak=slices["leak"].mean(), n=len(p))
+
+
+def markdown(methods):
+    """The table of {method: per-slice measures}, with the protocol, and the pairs that the slices cannot tell apart."""
+    lines = ["| method | PSNR | SSIM | leak |", "|---|---|---|---|"]
+    for name, slices in methods.items():
+        m = summary(slices)
+        psnr, ssim = (f"{m[k]:.{d}f} ± {m[k + '_sd']:.{d}f}" for k, d in (("psnr", 2), ("ssim", 4)))
+        lines.append(f"| {name} | {psnr} | {ssim} | {m['leak']:.3f} |")
+    n = len(next(iter(methods.values()))["psnr"])
+    lines += ["", f"{n} slices. {PROTOCOL}"]
+    if n > 1:
+        same = [f"{a} and {b} (p = {p:.2g})" for a, b, p in comparisons(methods) if p >= 0.05]
+        verdict = f"not told apart: {'; '.join(same)}; all other pairs differ" if same else "all pairs differ"
+        lines.append(f"Paired Wilcoxon test of PSNR, two-sided, p < 0.05: {verdict}.")
+    return "\n".join(lines)
+
+
+def comparisons(methods):
+    """[(method, method, p)] of the paired Wilcoxon test on the PSNR of each slice."""
+    pairs = itertools.combinations(methods, 2)
+    gaps = [(a, b, methods[a]["psnr"] - methods[b]["psnr"]) for a, b in pairs]
+    return [(a, b, float(wilcoxon(gap).pvalue) if np.any(gap) else 1.0) for a, b, gap in gaps]
+
+
+def figure(dataset, preds, split, out):
+    """One slice: clean and noisy, then each method; a zoom and the error on one signed scale below. Writes a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    clean, noisy = data.read_volumes(dataset, "clean", split), data.read_volumes(dataset, "noisy", split)
+    name = next(iter(clean))
+    s = clean[name].shape[0] // 2
+    x, y = np.asarray(clean[name][s]), np.asarray(noisy[name][s])
+    images = {"clean": x, "noisy": y}
+    images |= {m: np.asarray(data.read_matching(p, dataset, split=split)[name][s]) for m, p in preds.items()}
+    low, high, scale = float(x.min()), float(x.max()), 3 * float(np.std(y - x))
+    side = min(64, *(n // 2 for n in x.shape))
+    detail = np.abs(np.gradient(x)).sum(0)  # zoom into the window with the most detail
+    sums = np.pad(detail, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    window = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    top, left = np.unravel_index(window.argmax(), window.shape)
+    fig, axes = plt.subplots(3, len(images), figsize=(2.3 * len(images), 7.4), dpi=100, layout="constrained", squeeze=False)
+    for column, (title, image) in zip(axes.T, images.items()):
+        score = "" if title == "clean" else "\n{:.2f} dB / {:.3f}".format(*psnr_ssim(image, x))
+        column[0].imshow(image, cmap="gray", vmin=low, vmax=high)
+        column[0].add_patch(plt.Rectangle((left, top), side, side, fill=False, edgecolor="tab:orange"))
+        column[0].set_title(title + score, fontsize=9)
+        column[1].imshow(image[top : top + side, left : left + side], cmap="gray", vmin=low, vmax=high)
+        shown = column[2].imshow(image - x, cmap="RdBu_r", vmin=-scale, vmax=scale)
+        for ax in column:
+            ax.set(xticks=[], yticks=[])
+    for ax, label in zip(axes[:, 0], ("image", "zoom", "error")):
+        ax.set_ylabel(label)
+    fig.colorbar(shown, ax=axes[2], shrink=0.8, label="output - clean (range 1)")
+    fig.suptitle(f"{name}, slice {s}; PSNR / SSIM", fontsize=9)
+    fig.savefig(out)
+    plt.close(fig)
+
+
+def main(argv=None):
+    p = runtime.parser(__doc__)
+    p.add_argument("--data", required=True, help="dataset (.h5) with clean and noisy images")
+    p.add_argument("--pred", nargs="*", default=[], metavar="[NAME=]FILE", help="prediction files (.h5); the name is the file's "
+                   "unless given")
+    p.add_argument("--split", choices=(*data.SPLITS, "all"), default="test", help="the slices to evaluate (default test)")
+    p.add_argument("--json", help="write the table as JSON")
+    p.add_argument("--figure", help="write a figure of the middle slice (.png)")
+    args = p.parse_args(argv)
+    runtime.check_outputs([args.data], [f for f in (args.json, args.figure) if f])
+    preds = {}
+    for text in args.pred:
+        name, _, path = text.rpartition("=")
+        preds[name or Path(path).stem.removesuffix("_out")] = path
+    methods = {"noisy": measure(args.data, None, args.split)}
+    methods |= {name: measure(args.data, path, args.split) for name, path in preds.items()}
+    print(markdown(methods))
+    if args.figure:
+        figure(args.data, preds, args.split, args.figure)
+    if args.json:
+        with runtime.whole(args.json) as temporary:
+            temporary.write_text(json.dumps({name: summary(m) for name, m in methods.items()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    runtime.command(main)

@@ -1,0 +1,136 @@
+"""Stage 3: stabilized reverse diffusion sampling (Sec. 3.5, Eqs. 3-4): the mean of the samples from +eps and -eps.
+
+    In    bsn_out.h5    volumes/<name>/pred  (S,H,W) float32: the condition x_c; the prediction diffusion.pt was trained on
+          diffusion.pt  checkpoint of diffusion.py; its EMA weights are used
+    Out   srds_out.h5   volumes/<name>/pred  (S,H,W) float32: the denoised image (Eq. 4)
+                        volumes/<name>/std   half the difference of a pair, or the deviation over several pairs
+
+    python srds.py --cond bsn_out.h5
+    python srds.py --cond bsn_out.h5 --mode single --steps 25 --split test --out single_out.h5
+
+Symbols: eps the starting noise, c the condition x_c, abar the cumulative alpha of Eq. 1, x_t the state, x0 the image.
+Sampling is DDIM with eta = 0 (Song et al. 2020; the paper cites [11] and means [37]): the start fixes the result.
+
+    --mode single       one sample, from eps
+    --mode independent  mean of two samples from independent noises: what the pair must beat at equal cost
+    --mode pair         mean of the samples from eps and -eps: SRDS (default); --pairs K averages K of them
+    --mode zero         one run from x_T = 0: equals the pair exactly if the network is linear in x_t
+
+Each slice draws its noise from a generator of its own, so that a result depends on neither batch nor device.
+"""
+
+# ---------------------------------------------------------------------------------------------------------------
+# core: needs torch alone; paste it anywhere
+# ---------------------------------------------------------------------------------------------------------------
+import torch
+
+
+def timesteps(T, steps):
+    """`steps` timesteps from T-1 down, evenly spaced ("trailing": the first is the last that was trained)."""
+    if not 1 <= steps <= T:
+        raise ValueError(f"{steps} sampling steps: there are 1 to {T} timesteps")
+    return [round(T - i * T / steps) - 1 for i in range(steps)]
+
+
+def ddim(eps_model, x_T, c, abar, steps):
+    """DDIM sampling, eta = 0, from x_T (B,C,H,W) at the last timestep to abar = 1; no clipping. Returns X (B,C,H,W).
+
+    Args:
+        eps_model: any callable (x_t, c, t (B,)) to eps (B,C,H,W). c: condition, passed on. abar: (T,) cumulative alphas.
+    Source: Song et al. 2020, Eq. 12 with sigma = 0.
+    """
+    x, ts = x_T, timesteps(len(abar), steps)
+    for t, following in zip(ts, [*ts[1:], None]):
+        a, a_next = float(abar[t]), 1.0 if following is None else float(abar[following])
+        eps = eps_model(x, c, torch.full((len(x),), t, device=x.device))
+        x0 = (x - (1 - a) ** 0.5 * eps) / a**0.5
+        x = a_next**0.5 * x0 + (1 - a_next) ** 0.5 * eps
+    return x
+
+
+def srds(eps_model, c, eps, abar, steps):
+    """Stabilized sampling (Eqs. 3-4): DDIM from eps and from -eps, in one batch.
+
+    Returns (mean, half_difference), both (B,C,H,W): the even and the odd part of the sampler in its starting noise.
+    """
+    plus, minus = ddim(eps_model, torch.cat([eps, -eps]), torch.cat([c, c]), abar, steps).chunk(2)
+    return (plus + minus) / 2, (plus - minus) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# predict
+# ---------------------------------------------------------------------------------------------------------------
+import zlib
+
+import data
+import diffusion
+import runtime
+
+
+def sample(eps_model, c, noise, abar, mode, pairs, steps):
+    """(mean, std or None) of X for a batch of conditions; noise(k) is the k-th starting noise (B,C,H,W)."""
+    if mode == "zero":
+        return ddim(eps_model, torch.zeros_like(c), c, abar, steps), None
+    if mode == "single":
+        return ddim(eps_model, noise(0), c, abar, steps), None
+    if mode == "independent":
+        return ddim(eps_model, torch.cat([noise(0), noise(1)]), torch.cat([c, c]), abar, steps).view(2, *c.shape).mean(0), None
+    means, halves = zip(*(srds(eps_model, c, noise(k), abar, steps) for k in range(pairs)))
+    mean = torch.stack(means).mean(0)
+    spread = torch.cat([torch.stack(means) - mean + s * torch.stack(halves) for s in (1, -1)])  # of all 2K samples
+    return mean, spread.square().mean(0).sqrt()
+
+
+@torch.inference_mode()
+def predict(args):
+    """Samples every slice of args.cond (of one split, if asked) and writes args.out."""
+    where = runtime.device(args.device)
+    network, state = runtime.restore(diffusion.UNet, args.model, "diffusion", where)
+    form, abar = state["extra"], diffusion.alpha_bar(state["extra"]["T"])
+    steps = args.steps or form["sampling_steps"]
+    timesteps(len(abar), steps)
+    condition = data.read_volumes(args.cond, "pred", args.split)
+    attrs, volumes = data.read_attrs(args.cond)
+    changed = [n for n, a in volumes.items() if state["inputs"].get(n, a.get("fingerprint")) != a.get("fingerprint")]
+    if changed:
+        print(f"srds: note: {args.model} was trained on other data than volume {changed[0]!r} of {args.cond}", flush=True)
+    print(f"srds: EMA weights of {args.model}, step {state['step']}; {args.mode}, {steps} steps", flush=True)
+    eps_model = diffusion.eps_model(network, abar, form["predict"])
+    keys = ["pred", "std"] if args.mode == "pair" else ["pred"]
+    with data.write_volumes(args.out, "prediction", "srds", vars(args), like=args.cond) as new_volume:
+        for name, volume in runtime.progress(condition.items(), "srds"):
+            out = new_volume(name, volume.shape, keys)
+            for rows, c in data.batches(volume, args.batch):
+
+                def noise(k, rows=rows, c=c, name=name):
+                    seeds = [(args.seed, zlib.crc32(name.encode()), s, k) for s in range(rows.start, rows.stop)]
+                    return torch.stack([runtime.gaussian(runtime.step_rng(*s), *c.shape[1:]) for s in seeds]).to(where)
+
+                c = c.to(where)
+                with runtime.autocast(where):
+                    mean, std = sample(eps_model, diffusion.scaled(c), noise, abar, args.mode, args.pairs, steps)
+                out[0][rows] = diffusion.to_image(mean, c, form)[:, 0].cpu()
+                if std is not None:
+                    out[1][rows] = (std * diffusion.unit(form))[:, 0].cpu()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# command
+# ---------------------------------------------------------------------------------------------------------------
+def main(argv=None):
+    p = runtime.parser(__doc__)
+    p.add_argument("--cond", required=True, help="prediction file (.h5): the condition x_c of every slice")
+    p.add_argument("--model", default="diffusion.pt", help="checkpoint of diffusion.py (default diffusion.pt)")
+    p.add_argument("--out", default="srds_out.h5", help="prediction to write (default srds_out.h5)")
+    p.add_argument("--mode", choices=("single", "independent", "pair", "zero"), default="pair", help="default pair: SRDS")
+    p.add_argument("--pairs", type=runtime.positive, default=1, help="antithetic pairs to average (default 1, as the paper)")
+    p.add_argument("--steps", type=runtime.positive, help="DDIM steps (default: the preset the model was trained with)")
+    p.add_argument("--split", choices=(*data.SPLITS, "all"), default="all", help="sample only this split (default all)")
+    p.add_argument("--batch", type=runtime.positive, default=4, help="slices at a time; a pair doubles them (default 4)")
+    args = p.parse_args(argv)
+    runtime.check_outputs([args.cond, args.model], [args.out])
+    predict(args)
+
+
+if __name__ == "__main__":
+    runtime.command(main)

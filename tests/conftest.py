@@ -1,0 +1,73 @@
+"""A small data set made on the spot, and a way to run the scripts as a user does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+import noise
+
+ROOT = Path(__file__).parent.parent
+
+# Networks and runs of a few seconds: flags that every test run shares.
+TINY = {
+    "bsn": ["--width", "8", "--enc-blocks", "1", "--middle-blocks", "1", "--steps", "4", "--batch", "2", "--crop", "32"],
+    "diffusion": ["--width", "8", "--mult", "1", "2", "--blocks", "1", "--steps", "4", "--batch", "2", "--crop", "32"],
+    "distill": ["--width", "8", "--enc-blocks", "1", "--middle-blocks", "1", "--dec-blocks", "1",
+                "--steps", "4", "--batch", "2", "--crop", "32"],
+}
+
+
+def ellipses(rng, slices, h, w):
+    """Overlapping ellipses of random brightness on black, (slices,h,w) in [0,1]."""
+    y, x = np.mgrid[:h, :w]
+    out = np.zeros((slices, h, w), np.float32)
+    for image in out:
+        for _ in range(12):
+            cy, cx, a, b = rng.uniform(0, h), rng.uniform(0, w), rng.uniform(3, h / 2), rng.uniform(3, w / 2)
+            image[((y - cy) / a) ** 2 + ((x - cx) / b) ** 2 < 1] = rng.uniform(0.1, 1)
+        image /= image.max()
+    return out
+
+
+def make_dataset(path, seed=0, sizes=((3, 48, 40), (2, 37, 53)), clean=True):
+    """A dataset of the contract: a train volume and a test volume of different sizes, Gaussian noise 6/255."""
+    rng = np.random.default_rng(seed)
+    with data.write_volumes(path, "dataset", "test") as add:
+        for k, (size, split) in enumerate(zip(sizes, ("train", "test"))):
+            x = ellipses(rng, *size)
+            y = np.stack([noise.add(s, "gaussian", 6 / 255, 0, rng) for s in x])
+            kept = add(f"v{k}", x.shape, ["noisy", "clean"] if clean else ["noisy"], split=split, scale=1.0, offset=0.0,
+                       source="ellipses", fingerprint=data.fingerprint(y))
+            for array, values in zip(kept, (y, x)):
+                array[:] = values
+    return path
+
+
+def run(script, *flags, cwd, env=None):
+    """Runs a script of the project in a process of its own; returns it finished, with its output as text."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def ok(script, *flags, cwd, env=None):
+    """`run` that must succeed."""
+    done = run(script, *flags, cwd=cwd, env=env)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """A folder in which every stage has run once by its plain command: knee.h5, bsn_out.h5, diffusion.pt, ..."""
+    folder = tmp_path_factory.mktemp("made")
+    make_dataset(folder / "knee.h5")
+    ok("bsn", "--data", "knee.h5", *TINY["bsn"], cwd=folder)
+    ok("diffusion", "--data", "knee.h5", "--cond", "bsn_out.h5", *TINY["diffusion"], cwd=folder)
+    ok("srds", "--cond", "bsn_out.h5", "--steps", "2", cwd=folder)
+    ok("distill", "--data", "knee.h5", "--target", "srds_out.h5", *TINY["distill"], cwd=folder)
+    ok("baselines", "--data", "knee.h5", cwd=folder)
+    return folder

@@ -1,0 +1,78 @@
+"""Stage 2: schedule, loss, network."""
+
+import math
+
+import pytest
+import torch
+
+import diffusion
+from diffusion import UNet, alpha_bar, diffusion_loss, eps_model
+
+
+@pytest.mark.parametrize("T", [50, 1000])
+def test_schedule_agrees_with_diffusers(T):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDIMScheduler(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2").alphas_cumprod
+    torch.testing.assert_close(alpha_bar(T, least=0).float(), theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_schedule_ends_in_noise_and_keeps_its_beginning():
+    full, kept = alpha_bar(1000, least=0), alpha_bar(1000)
+    assert torch.equal(full[: len(kept)], kept)
+    assert 0.02 <= kept[-1].sqrt() < 0.025 and full[len(kept)].sqrt() < 0.02
+    assert full[0] > 0.999 and (full.diff() < 0).all()
+
+
+@pytest.mark.parametrize("predict", ["eps", "v"])
+def test_loss_is_zero_for_the_truth_and_one_for_one(predict):
+    """Eqs. 1-2 from the outside: a network that undoes Eq. 1 has no loss; one that is off by 1 everywhere has loss 1."""
+    torch.manual_seed(0)
+    x0, eps, abar, t = torch.randn(6, 1, 8, 8), torch.randn(6, 1, 8, 8), alpha_bar(1000), torch.tensor([0, 3, 100, 500, 800, 980])
+    a = abar.float()[t].view(-1, 1, 1, 1)
+
+    def knows(x_t, c, t, offset=0.0):
+        e = (x_t - a.sqrt() * x0) / (1 - a).sqrt()
+        return (e if predict == "eps" else (e - (1 - a).sqrt() * x_t) / a.sqrt()) + offset
+
+    def loss(network):
+        return diffusion_loss(network, x0, x0, abar, t, eps, predict).item()
+
+    assert loss(knows) == pytest.approx(0, abs=2e-3)
+    assert loss(lambda *a: knows(*a, offset=1.0)) == pytest.approx(1, abs=2e-3)
+
+
+def test_v_and_eps_say_the_same():
+    abar, t = alpha_bar(1000), torch.tensor([0, 400, 950])
+    x0, eps = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
+    a = abar.float()[t].view(-1, 1, 1, 1)
+    x_t, v = a.sqrt() * x0 + (1 - a).sqrt() * eps, diffusion.velocity(x0, eps, a)
+    torch.testing.assert_close(eps_model(lambda *_: v, abar, "v")(x_t, None, t), eps, rtol=1e-4, atol=1e-4)
+
+
+def test_published_sizes():
+    """improved DDPM with one condition channel: 124.05 M at 256 pixels, 92.02 M with its 64-pixel multipliers."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in UNet().parameters()) == 124_049_793
+        assert sum(p.numel() for p in UNet(mult=(1, 2, 3, 4), attention=(2, 3)).parameters()) == 92_022_273
+
+
+@pytest.mark.parametrize("kw", [dict(width=8, mult=(1, 2), blocks=1, attention=(), patch=2, groups=0),
+                                dict(width=8, mult=(1, 2, 2), blocks=1, attention=(2,), patch=1, groups=4)])
+def test_any_size_from_16(kw):
+    torch.manual_seed(0)
+    net = UNet(**kw)
+    for p in net.parameters():  # layers that start at zero would hide what the network looks at
+        p.data += 0.1 * torch.randn_like(p)
+    for h, w in [(16, 16), (37, 53)]:
+        x, t = torch.randn(2, 1, h, w), torch.tensor([10, 900])
+        out = net(x, x, t)
+        assert out.shape == x.shape
+        for changed in (net(x, x + 1, t), net(x, x, t + 50)):
+            assert (changed - out).abs().max() > 1e-4
+
+
+def test_x_and_image_are_inverse():
+    y, c = torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4)
+    for form in (dict(target="image", std=0.03), dict(target="residual", std=0.03)):
+        torch.testing.assert_close(diffusion.to_image(diffusion.to_x(y, c, form), c, form), y)
+    assert math.isclose(diffusion.unit(dict(target="image")), 0.5)
