@@ -26,7 +26,9 @@ def main(argv=None):
     p = runtime.parser(__doc__)
     p.add_argument("--data", required=True, help="dataset (.h5)")
     p.add_argument("--sigma", type=runtime.fraction, help="standard deviation of the noise (default: estimated)")
-    p.add_argument("--split", choices=(*data.SPLITS, "all"), default="all", help="denoise only this split (default all)")
+    p.add_argument(
+        "--split", choices=(*data.SPLITS, "all"), default="all", help="denoise only this split (default all)"
+    )
     p.add_argument("--out", default="nlm_out.h5", help="prediction to write (default nlm_out.h5)")
     args = p.parse_args(argv)
     runtime.check_outputs([args.data], [args.out])

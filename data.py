@@ -64,7 +64,9 @@ def open_file(path):
     except OSError as error:
         raise ValueError(f"{path} cannot be read, it may be incomplete: {error}") from None
     if not isinstance(file.get("volumes"), h5py.Group) or not len(file["volumes"]):
-        raise ValueError(f"{path} has no volumes (expected groups /volumes/<name>); `python data.py import` makes such files")
+        raise ValueError(
+            f"{path} has no volumes (expected groups /volumes/<name>); `python data.py import` makes such files"
+        )
     return file
 
 
@@ -74,7 +76,7 @@ def read_volumes(path, key="noisy", split=None, memory=IN_MEMORY):
     Together larger than `memory` bytes, they stay on disk and are read slice by slice as they are indexed.
 
     Raises:
-        ValueError: no such file, not of the contract, no such key or split, wrong shape, NaN, infinite or constant values.
+        ValueError: no such file, not of the contract, no such key or split, wrong shape, NaN, infinite or constant.
     """
     file, found = open_file(path), {}
     for name, group in file["volumes"].items():
@@ -141,8 +143,10 @@ def read_matching(path, dataset, key="pred", split=None):
                 raise ValueError(f"volume {name!r} is {ours.shape} in {path} but {other.shape} in {dataset}")
     wrong = [name for name in shared if mine[name] != theirs[name]]
     if wrong:
-        raise ValueError(f"{path} was not made from {dataset}: volume {wrong[0]!r} has fingerprint {mine[wrong[0]]} there, "
-                         f"{theirs[wrong[0]]} here ({len(wrong)} of {len(shared)} volumes differ)")
+        raise ValueError(
+            f"{path} was not made from {dataset}: volume {wrong[0]!r} has fingerprint {mine[wrong[0]]} there, "
+            f"{theirs[wrong[0]]} here ({len(wrong)} of {len(shared)} volumes differ)"
+        )
     return read_volumes(path, key, split)
 
 
@@ -150,8 +154,8 @@ def read_matching(path, dataset, key="pred", split=None):
 def write_volumes(path, kind, stage, args=None, like=None, inputs=None, noise=None):
     """A new file of the contract, which takes its name only when the block ends without error.
 
-    Yields `add(name, shape, keys, **attrs)`, which adds an empty volume and returns its datasets in the order of `keys`,
-    to be filled slice by slice.
+    Yields `add(name, shape, keys, **attrs)`, which adds an empty volume and returns its datasets in the order of
+    `keys`, to be filled slice by slice.
 
     Args:
         kind: "dataset" or "prediction". stage: the program that writes. args: its flags, with `seed`.
@@ -162,10 +166,18 @@ def write_volumes(path, kind, stage, args=None, like=None, inputs=None, noise=No
     if like:  # a volume that carries no fingerprint of its own gets one here
         volumes = {name: {**volumes[name], "fingerprint": mark} for name, mark in fingerprints(like).items()}
     with runtime.whole(path) as temporary, h5py.File(temporary, "w") as file:
-        flags = {k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in (args or {}).items()}
+        flags = {
+            k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in (args or {}).items()
+        }
         file.attrs.update(
-            format=FORMAT, version=VERSION, kind=kind, stage=stage, seed=int(flags.get("seed") or 0), args=json.dumps(flags),
-            inputs=json.dumps(inputs or known.get("inputs", {})), noise=json.dumps(noise or known.get("noise", {})),
+            format=FORMAT,
+            version=VERSION,
+            kind=kind,
+            stage=stage,
+            seed=int(flags.get("seed") or 0),
+            args=json.dumps(flags),
+            inputs=json.dumps(inputs or known.get("inputs", {})),
+            noise=json.dumps(noise or known.get("noise", {})),
         )
         group_of_all = file.create_group("volumes")
 
@@ -186,8 +198,10 @@ def check_crop(volumes, size):
     for name, array in volumes.items():
         if min(array.shape[1:]) < size:
             h, w = array.shape[1:]
-            raise ValueError(f"volume {name!r} has slices of {h}x{w} pixels, smaller than --crop {size}; "
-                             f"use --crop {min(h, w)} or less")
+            raise ValueError(
+                f"volume {name!r} has slices of {h}x{w} pixels, smaller than --crop {size}; "
+                f"use --crop {min(h, w)} or less"
+            )
 
 
 def random_crops(stacks, batch, size, rng, rank=0, world=1):
@@ -266,7 +280,9 @@ def import_images(args):
         except ValueError:
             shares = []
         if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(f"--split {args.split}: give train, val, test, or three shares that sum to 1, such as 0.8,0.1,0.1")
+            raise ValueError(
+                f"--split {args.split}: give train, val, test, or three shares that sum to 1, such as 0.8,0.1,0.1"
+            )
     found = [volume for source in args.sources for volume in formats.volumes(source)]
     names = set()
     with write_volumes(args.out, "dataset", "import", vars(args)) as add:
@@ -288,13 +304,21 @@ def import_images(args):
             parts = [(of_volume[k], 0, len(values))] if whole else blocks(len(values), shares)
             for split, first, end in parts:
                 part = name if len(parts) == 1 else f"{name}_{first:03d}-{end - 1:03d}"
-                (out,) = add(part, values[first:end].shape, ["noisy"], split=split, scale=scale, offset=offset,
-                                    source=volume.source, fingerprint=fingerprint(values[first:end]))
+                (out,) = add(
+                    part,
+                    values[first:end].shape,
+                    ["noisy"],
+                    split=split,
+                    scale=scale,
+                    offset=offset,
+                    source=volume.source,
+                    fingerprint=fingerprint(values[first:end]),
+                )
                 out[:] = values[first:end]
 
 
 def patches(slices, size):
-    """The centred grid of whole size x size patches of each slice, as more slices; a side shorter than `size` stays whole."""
+    """The centred grid of whole size x size patches of each slice, as more slices; a side below `size` stays whole."""
     if size is None:
         return slices
     (h, w), (ph, pw) = slices.shape[1:], (min(size, n) for n in slices.shape[1:])
@@ -320,9 +344,15 @@ def main(argv=None):
     q.add_argument("sources", nargs="*", help="DICOM, NIfTI, PNG, JPEG, TIFF or .npy files, or folders of them")
     q.add_argument("--source", action="append", default=[], help="the same; `brain` is the built-in brain")
     q.add_argument("--out", required=True, help="dataset to write (.h5)")
-    q.add_argument("--split", default="0.8,0.1,0.1", help="train, val or test for all; or three shares, by volume from 10 "
-                   "volumes up, else by contiguous blocks of slices (default 0.8,0.1,0.1)")
-    q.add_argument("--patch", type=runtime.positive, help="cut slices into whole patches of this side, pixels (the paper: 300)")
+    q.add_argument(
+        "--split",
+        default="0.8,0.1,0.1",
+        help="train, val or test for all; or three shares, by volume from 10 "
+        "volumes up, else by contiguous blocks of slices (default 0.8,0.1,0.1)",
+    )
+    q.add_argument(
+        "--patch", type=runtime.positive, help="cut slices into whole patches of this side, pixels (the paper: 300)"
+    )
     q.set_defaults(run=import_images)
     q = commands.add_parser("show", help="what a file holds")
     q.add_argument("file")

@@ -30,7 +30,7 @@ NLM, SINGLE, PAIR = "non-local means, level known", "one sample, 25 steps", "SRD
 
 
 class Pipeline:
-    """Runs stages in order; a stage whose output stands and was made by the same flags is not run again."""
+    """Runs stages in order; skips those whose output stands, made by the same flags, after stages skipped as well."""
 
     def __init__(self, folder):
         self.folder, self.record = folder, folder / "stages.json"
@@ -43,7 +43,7 @@ class Pipeline:
         same = self.done.get(out, {}).get("argv") == argv and not self.changed
         if same and self.done[out]["seconds"] is not None and (self.folder / out).exists():
             return
-        self.changed = self.changed or self.done.get(out, {}).get("seconds") is not None
+        self.changed = True  # whatever follows is made anew
         self.note(out, argv, None)  # begun with these flags: only then may it be resumed
         main([*argv, "--resume"] if trains and same else argv)
         self.note(out, argv, round(time.monotonic() - started, 1))
@@ -60,14 +60,26 @@ def demo(args):
     folder.mkdir(parents=True, exist_ok=True)
     stage, started = Pipeline(folder), time.monotonic()
     path = lambda name: str(folder / name)  # noqa: E731
-    common = ["--seed", args.seed, "--device", args.device]
+    common = ["--seed", args.seed, "--device", args.device, "--precision", args.precision]
 
     def steps(module):
         return ["--preset", "fast", "--steps", max(1, round(args.effort * module.PRESETS["fast"]["steps"])), *common]
 
     print(f"DiffDenoise demo: built-in brain, Gaussian noise {LEVEL}; everything goes to {folder}/", flush=True)
     stage(data.main, "clean.h5", "import", "--source", "brain")
-    stage(noise.main, "brain.h5", "add", "--data", path("clean.h5"), "--kind", "gaussian", "--level", LEVEL, "--seed", args.seed)
+    stage(
+        noise.main,
+        "brain.h5",
+        "add",
+        "--data",
+        path("clean.h5"),
+        "--kind",
+        "gaussian",
+        "--level",
+        LEVEL,
+        "--seed",
+        args.seed,
+    )
     noisy = ["--data", path("brain.h5")]
     stage(baselines.main, "nlm_out.h5", *noisy, "--sigma", LEVEL, "--split", "test")
     stage(bsn.main, "bsn_out.h5", *noisy, "--model", path("bsn.pt"), *steps(bsn), trains=True)
@@ -76,17 +88,42 @@ def demo(args):
     stage(srds.main, "srds_out.h5", *cond, *common)
     stage(srds.main, "single25_out.h5", *cond, "--mode", "single", "--steps", 25, "--split", "test", *common)
     stage(srds.main, "srds25_out.h5", *cond, "--mode", "pair", "--steps", 25, "--split", "test", *common)
-    stage(distill.main, "distill_out.h5", *noisy, "--target", path("srds_out.h5"), "--model", path("student.pt"),
-          *steps(distill), trains=True)
-    rows = {NLM: "nlm_out.h5", "blind-spot network": "bsn_out.h5", SINGLE: "single25_out.h5", PAIR: "srds25_out.h5",
-            "student": "distill_out.h5"}
+    stage(
+        distill.main,
+        "distill_out.h5",
+        *noisy,
+        "--target",
+        path("srds_out.h5"),
+        "--model",
+        path("student.pt"),
+        *steps(distill),
+        trains=True,
+    )
+    rows = {
+        NLM: "nlm_out.h5",
+        "blind-spot network": "bsn_out.h5",
+        SINGLE: "single25_out.h5",
+        PAIR: "srds25_out.h5",
+        "student": "distill_out.h5",
+    }
     print()
-    evaluate.main([*noisy, "--pred", *(f"{name}={path(file)}" for name, file in rows.items()),
-                   "--json", path("results.json"), "--figure", path("report.png")])
+    evaluate.main(
+        [
+            *noisy,
+            "--pred",
+            *(f"{name}={path(file)}" for name, file in rows.items()),
+            "--json",
+            path("results.json"),
+            "--figure",
+            path("report.png"),
+        ]
+    )
     print(f"\n{verdict(json.loads((folder / 'results.json').read_text()))}")
     seconds = {name: done["seconds"] for name, done in stage.done.items()}
-    print(f"Seconds: {', '.join(f'{name} {s:.0f}' for name, s in seconds.items())}; "
-          f"this call {time.monotonic() - started:.0f}. Figure: {path('report.png')}")
+    print(
+        f"Seconds: {', '.join(f'{name} {s:.0f}' for name, s in seconds.items())}; "
+        f"this call {time.monotonic() - started:.0f}. Figure: {path('report.png')}"
+    )
 
 
 def train_diffusion(argv):
@@ -102,12 +139,15 @@ def verdict(results):
     def gain(a, b):
         return results[a]["psnr"] - results[b]["psnr"]
 
-    return (f"Highest PSNR: {best} ({results[best]['psnr']:.2f} dB). Student against noisy {gain('student', 'noisy'):+.2f} dB, "
-            f"against non-local means {gain('student', NLM):+.2f} dB; pair against one sample {gain(PAIR, SINGLE):+.2f} dB.")
+    return (
+        f"Highest PSNR: {best} ({results[best]['psnr']:.2f} dB). "
+        f"Student against noisy {gain('student', 'noisy'):+.2f} dB, "
+        f"against non-local means {gain('student', NLM):+.2f} dB; pair against one sample {gain(PAIR, SINGLE):+.2f} dB."
+    )
 
 
 def main(argv=None):
-    p = runtime.parser(__doc__)
+    p = runtime.network_parser(__doc__)
     p.add_argument("--demo", action="store_true", required=True, help="the built-in brain, all stages, and a table")
     p.add_argument("--out", default="demo", help="folder for everything (default demo)")
     p.add_argument("--effort", type=float, default=1.0, help="multiplies the training steps of each stage (default 1)")

@@ -100,7 +100,9 @@ class UNet(nn.Module):
         self.encoder, self.decoder, skips, w = nn.ModuleList(), nn.ModuleList(), [width], width
 
         def step(c_in, c_out, level):  # a ResBlock, and attention where the level has it
-            return nn.ModuleList([ResBlock(c_in, c_out, time, groups)] + [Attention(c_out, groups)] * (level in attention))
+            return nn.ModuleList(
+                [ResBlock(c_in, c_out, time, groups)] + [Attention(c_out, groups)] * (level in attention)
+            )
 
         for level, m in enumerate(mult):
             if level:
@@ -120,8 +122,11 @@ class UNet(nn.Module):
                 if level and n == blocks:
                     layers.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(w, w, 3, padding=1)))
                 self.decoder.append(layers)
-        self.outro = nn.Sequential(nn.GroupNorm(groups, w) if groups else nn.Identity(), nn.SiLU(),
-                                   nn.Conv2d(w, channels * patch**2, 3, padding=1))
+        self.outro = nn.Sequential(
+            nn.GroupNorm(groups, w) if groups else nn.Identity(),
+            nn.SiLU(),
+            nn.Conv2d(w, channels * patch**2, 3, padding=1),
+        )
         nn.init.zeros_(self.outro[-1].weight)
         nn.init.zeros_(self.outro[-1].bias)
 
@@ -183,11 +188,41 @@ import data
 import runtime
 
 PRESETS = {
-    "fast": dict(target="residual", predict="v", width=32, mult=[1, 2, 4], blocks=1, attention=[], patch=2, groups=0,
-                 steps=1500, batch=8, crop=96, lr=1e-3, ema=0.995, T=1000, sampling_steps=5),
+    "fast": dict(
+        target="residual",
+        predict="v",
+        width=32,
+        mult=[1, 2, 4],
+        blocks=1,
+        attention=[],
+        patch=2,
+        groups=0,
+        steps=1500,
+        batch=8,
+        crop=96,
+        lr=1e-3,
+        ema=0.995,
+        T=1000,
+        sampling_steps=5,
+    ),
     # Widths, schedule, optimizer and EMA of improved DDPM at 256 pixels; the paper gives "200 epochs".
-    "paper": dict(target="image", predict="eps", width=128, mult=[1, 1, 2, 2, 4, 4], blocks=2, attention=[4, 5], patch=1,
-                  groups=32, steps=200_000, batch=32, crop=256, lr=1e-4, ema=0.9999, T=1000, sampling_steps=50),
+    "paper": dict(
+        target="image",
+        predict="eps",
+        width=128,
+        mult=[1, 1, 2, 2, 4, 4],
+        blocks=2,
+        attention=[4, 5],
+        patch=1,
+        groups=32,
+        steps=200_000,
+        batch=32,
+        crop=256,
+        lr=1e-4,
+        ema=0.9999,
+        T=1000,
+        sampling_steps=50,
+    ),
 }
 
 
@@ -223,8 +258,13 @@ def train(args, checkpoint=None):
         model_args, form = checkpoint["model_args"], checkpoint["extra"]
     else:
         model_args = {k: getattr(args, k) for k in ("width", "mult", "blocks", "attention", "patch", "groups")}
-        form = dict(target=args.target, predict=args.predict, T=args.T, std=data.rms_difference(y_all, c_all),
-                    sampling_steps=args.sampling_steps)
+        form = dict(
+            target=args.target,
+            predict=args.predict,
+            T=args.T,
+            std=data.rms_difference(y_all, c_all),
+            sampling_steps=args.sampling_steps,
+        )
     torch.manual_seed(args.seed)
     model = UNet(**model_args).to(where, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
@@ -239,7 +279,7 @@ def train(args, checkpoint=None):
         eps = runtime.gaussian(rng, args.batch, *y.shape[1:])[run.rank :: run.world]
         y, c, t, eps = (z.to(where) for z in (y, c, t, eps))
         optimizer.zero_grad(set_to_none=True)
-        with runtime.autocast(where):
+        with runtime.autocast(where, args.precision):
             loss = diffusion_loss(run.net, to_x(y, c, form), scaled(c), abar, t, eps, form["predict"])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -266,7 +306,9 @@ def main(argv=None):
     p.add_argument("--groups", type=int, help="of GroupNorm; 0: no norm")
     p.add_argument("--ema", type=float, help="decay per step of the averaged weights")
     p.add_argument("--T", type=runtime.positive, help="timesteps")
-    p.add_argument("--sampling-steps", type=runtime.positive, help="DDIM steps that srds.py takes unless told otherwise")
+    p.add_argument(
+        "--sampling-steps", type=runtime.positive, help="DDIM steps that srds.py takes unless told otherwise"
+    )
     args = p.parse_args(argv)
     runtime.check_outputs([args.data, args.cond], [args.model])
     checkpoint = runtime.settle(args, PRESETS, "diffusion")

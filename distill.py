@@ -1,4 +1,4 @@
-"""Stage 5: knowledge distillation (Sec. 3.6): a plain network from noisy image to denoised image, the one that is shipped.
+"""Stage 5: knowledge distillation (Sec. 3.6): a plain network from noisy to denoised image, the one that is shipped.
 
     In    knee.h5         volumes/<name>/noisy  (S,H,W) float32, about [0,1]
           srds_out.h5     volumes/<name>/pred   (S,H,W) float32; any prediction file made from knee.h5
@@ -121,11 +121,33 @@ import data
 import runtime
 
 PRESETS = {
-    "fast": dict(width=16, enc_blocks=[1, 1, 2], middle_blocks=2, dec_blocks=[1, 1, 1], beta2=0.99, clip=1.0,
-                 steps=1000, batch=4, crop=96, lr=2e-3, ema=0.995),
-    # NAFNet's SIDD settings (width 32): 200k steps, batch 8 per GPU, AdamW betas (0.9, 0.9), gradient norm at most 0.01.
-    "paper": dict(width=32, enc_blocks=[2, 2, 4, 8], middle_blocks=12, dec_blocks=[2, 2, 2, 2], beta2=0.9, clip=0.01,
-                  steps=200_000, batch=32, crop=256, lr=1e-3, ema=0.999),
+    "fast": dict(
+        width=16,
+        enc_blocks=[1, 1, 2],
+        middle_blocks=2,
+        dec_blocks=[1, 1, 1],
+        beta2=0.99,
+        clip=1.0,
+        steps=1000,
+        batch=4,
+        crop=96,
+        lr=2e-3,
+        ema=0.995,
+    ),
+    # NAFNet's SIDD settings (width 32): 200k steps, AdamW betas (0.9, 0.9), gradient norm at most 0.01.
+    "paper": dict(
+        width=32,
+        enc_blocks=[2, 2, 4, 8],
+        middle_blocks=12,
+        dec_blocks=[2, 2, 2, 2],
+        beta2=0.9,
+        clip=0.01,
+        steps=200_000,
+        batch=32,
+        crop=256,
+        lr=1e-3,
+        ema=0.999,
+    ),
 }
 
 
@@ -141,21 +163,25 @@ def train(args, checkpoint=None):
         inputs = data.fingerprints(args.target)
     noisy = {name: noisy[name] for name in target}
     data.check_crop(noisy, args.crop)
-    model_args = checkpoint["model_args"] if checkpoint else {
-        k: getattr(args, k) for k in ("width", "enc_blocks", "middle_blocks", "dec_blocks")}
+    model_args = (
+        checkpoint["model_args"]
+        if checkpoint
+        else {k: getattr(args, k) for k in ("width", "enc_blocks", "middle_blocks", "dec_blocks")}
+    )
     torch.manual_seed(args.seed)
     model = NAFNet(**model_args).to(where, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2), weight_decay=0)
     scheduler = runtime.warmup_cosine(optimizer, args.steps)
     ema = AveragedModel(model, multi_avg_fn=runtime.ema_update(args.ema))
-    run = runtime.Training("distill", args, checkpoint, model, optimizer, scheduler, ema, model_args,
-                           dict(crop=args.crop), inputs)
+    run = runtime.Training(
+        "distill", args, checkpoint, model, optimizer, scheduler, ema, model_args, dict(crop=args.crop), inputs
+    )
     for step in run.steps():
         rng = runtime.step_rng(args.seed, step)
         y, x = data.random_crops([noisy, target], args.batch, args.crop, rng, run.rank, run.world)
         y, x = (z.to(where, memory_format=torch.channels_last) for z in (y, x))
         optimizer.zero_grad(set_to_none=True)
-        with runtime.autocast(where):
+        with runtime.autocast(where, args.precision):
             loss = psnr_loss(run.net(y).float(), x)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
@@ -176,7 +202,7 @@ def predict(args):
         for name, volume in noisy.items():
             (pred,) = new_volume(name, volume.shape, ["pred"])
             for rows, y in data.batches(volume, 4):
-                with runtime.autocast(where):
+                with runtime.autocast(where, args.precision):
                     pred[rows] = model(y.to(where, memory_format=torch.channels_last))[:, 0].float().cpu()
     print(f"distill: {len(noisy)} volumes -> {args.out}", flush=True)
 

@@ -4,7 +4,7 @@
           bsn_out.h5 ...        volumes/<name>/pred             (S,H,W) float32, made from knee.h5
     Out   a Markdown table; --json results.json {method: {psnr, psnr_sd, ssim, ssim_sd, leak, n}}; --figure report.png
 
-    python evaluate.py --data knee.h5 --pred bsn_out.h5 srds_out.h5 distill_out.h5 --json results.json --figure report.png
+    python evaluate.py --data knee.h5 --pred bsn_out.h5 srds_out.h5 --json results.json --figure report.png
     python evaluate.py --data knee.h5 --pred BSN=bsn_out.h5 "SRDS pair=srds_out.h5"        # names of your own
 
 PSNR and SSIM are scikit-image's, data_range 1, SSIM's window 7x7, slice by slice; nothing is clipped or rounded first.
@@ -38,14 +38,17 @@ def leak(x, clean, noisy):
 
 
 def measure(path, pred, split):
-    """Per-slice measures of one prediction file: {"psnr", "ssim", "leak": arrays (n,)}; pred None: of the noisy images."""
+    """Measures of each slice of a prediction file, {"psnr", "ssim", "leak": (n,)}; pred None: of the noisy images."""
     clean, noisy = data.read_volumes(path, "clean", split), data.read_volumes(path, "noisy", split)
     out = noisy if pred is None else data.read_matching(pred, path, split=split)
     missing = [name for name in clean if name not in out]
     if missing:
         raise ValueError(f"{pred} lacks volume {missing[0]!r} of the {split} split of {path}")
-    rows = [(*psnr_ssim(out[name][s], x[s]), leak(out[name][s], x[s], noisy[name][s]))
-            for name, x in clean.items() for s in range(x.shape[0])]
+    rows = [
+        (*psnr_ssim(out[name][s], x[s]), leak(out[name][s], x[s], noisy[name][s]))
+        for name, x in clean.items()
+        for s in range(x.shape[0])
+    ]
     return dict(zip(("psnr", "ssim", "leak"), np.array(rows).T))
 
 
@@ -97,7 +100,9 @@ def figure(dataset, preds, split, out):
     sums = np.pad(detail, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
     window = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
     top, left = np.unravel_index(window.argmax(), window.shape)
-    fig, axes = plt.subplots(3, len(images), figsize=(2.3 * len(images), 7.4), dpi=100, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        3, len(images), figsize=(2.3 * len(images), 7.4), dpi=100, layout="constrained", squeeze=False
+    )
     for column, (title, image) in zip(axes.T, images.items()):
         score = "" if title == "clean" else "\n{:.2f} dB / {:.3f}".format(*psnr_ssim(image, x))
         column[0].imshow(image, cmap="gray", vmin=low, vmax=high)
@@ -118,9 +123,16 @@ def figure(dataset, preds, split, out):
 def main(argv=None):
     p = runtime.parser(__doc__)
     p.add_argument("--data", required=True, help="dataset (.h5) with clean and noisy images")
-    p.add_argument("--pred", nargs="*", default=[], metavar="[NAME=]FILE", help="prediction files (.h5); the name is the file's "
-                   "unless given")
-    p.add_argument("--split", choices=(*data.SPLITS, "all"), default="test", help="the slices to evaluate (default test)")
+    p.add_argument(
+        "--pred",
+        nargs="*",
+        default=[],
+        metavar="[NAME=]FILE",
+        help="prediction files (.h5); the name is the file's unless given",
+    )
+    p.add_argument(
+        "--split", choices=(*data.SPLITS, "all"), default="test", help="the slices to evaluate (default test)"
+    )
     p.add_argument("--json", help="write the table as JSON")
     p.add_argument("--figure", help="write a figure of the middle slice (.png)")
     args = p.parse_args(argv)

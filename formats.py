@@ -34,7 +34,11 @@ def volumes(source):
     source = Path(source)
     if not source.exists():
         raise ValueError(f"{source} does not exist")
-    files = sorted(p for p in source.rglob("*") if p.is_file() and not p.name.startswith(".")) if source.is_dir() else [source]
+    files = (
+        sorted(p for p in source.rglob("*") if p.is_file() and not p.name.startswith("."))
+        if source.is_dir()
+        else [source]
+    )
     dicom, found = [p for p in files if is_dicom(p)], 0
     for volume in read_dicom(dicom):
         found += 1
@@ -61,8 +65,10 @@ def volumes(source):
 
 
 def brain():
-    """The MNI152 T1 template at 1 mm that nilearn's wheel ships: the axial slices that hold brain, nose up. Averaged over
-    152 heads, so free of noise and smooth; (S,233,197) uint8. Read with nibabel; nothing is downloaded or imported."""
+    """The MNI152 T1 template at 1 mm that nilearn's wheel ships: the axial slices that hold brain, nose up.
+
+    (123,233,197) uint8. Averaged over 152 heads, so free of noise and smooth. Nothing is downloaded.
+    """
     import nibabel
 
     spec = find_spec("nilearn")
@@ -132,7 +138,9 @@ def read_nifti(path):
     image = image[:, :, None] if image.ndim == 2 else image
     stem = path.name.removesuffix(".gz").removesuffix(".nii")
     for t in range(image.shape[3] if image.ndim == 4 else 1):
-        yield Volume(f"{stem}_t{t:03d}" if image.ndim == 4 else stem, image.reshape(*image.shape[:3], -1)[..., t].T, str(path))
+        yield Volume(
+            f"{stem}_t{t:03d}" if image.ndim == 4 else stem, image.reshape(*image.shape[:3], -1)[..., t].T, str(path)
+        )
 
 
 def read_numpy(path):

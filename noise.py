@@ -70,8 +70,13 @@ def main(argv=None):
     q = p.add_subparsers(required=True, dest="command").add_parser("add", help="clean images to a noisy dataset")
     q.add_argument("--data", required=True, help="dataset (.h5) of clean images")
     q.add_argument("--kind", choices=KINDS, default="gaussian")
-    q.add_argument("--level", type=runtime.fraction, required=True, help="Gaussian: standard deviation, share of the range, "
-                   "such as 6/255; Poisson: photons at intensity 1; Gamma: concentration")
+    q.add_argument(
+        "--level",
+        type=runtime.fraction,
+        required=True,
+        help="Gaussian: standard deviation, share of the range, "
+        "such as 6/255; Poisson: photons at intensity 1; Gamma: concentration",
+    )
     q.add_argument("--correlation", type=float, default=0, help="sigma of the blur in pixels, 0: white (default 0)")
     q.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     q.add_argument("--out", required=True, help="dataset to write (.h5)")

@@ -68,16 +68,24 @@ def positive(text):
 
 
 def parser(doc):
-    """An argument parser that shows a module's docstring, with --seed and --device."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """An argument parser that shows a module's docstring."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def network_parser(doc):
+    """The flags of every program that runs a network."""
+    p = parser(doc)
     p.add_argument("--seed", type=int, default=0, help="of everything random (default 0)")
     p.add_argument("--device", default="auto", help="auto (cuda, then mps, then cpu), or a torch device (default auto)")
+    p.add_argument(
+        "--precision", choices=("auto", "float32"), default="auto", help="auto: bfloat16 where the processor has it"
+    )
     return p
 
 
 def training_parser(doc, presets, model):
     """The flags that every training stage has. Flags left out (None) are filled in by `settle`."""
-    p = parser(doc)
+    p = network_parser(doc)
     p.add_argument("--model", default=model, help=f"checkpoint to write (default {model})")
     p.add_argument("--preset", choices=presets, help="fast: two CPU cores; paper: as published, a GPU (default fast)")
     p.add_argument("--resume", action="store_true", help="continue an interrupted run, or extend one by more --steps")
@@ -90,7 +98,7 @@ def training_parser(doc, presets, model):
 
 
 def settle(args, presets, stage):
-    """Fills in the flags left out: from the checkpoint to resume, else from the preset. Returns that checkpoint or None."""
+    """Fills in the flags left out, from the checkpoint to resume or else the preset. Returns the checkpoint or None."""
     checkpoint = None
     if args.resume and (path := next((p for p in (part(args.model), Path(args.model)) if p.exists()), None)):
         checkpoint = load_checkpoint(path, stage)
@@ -128,9 +136,11 @@ def device(name="auto"):
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 
-def autocast(where):
-    """bfloat16 arithmetic where the processor has it, else float32."""
-    if where.type == "cpu":
+def autocast(where, precision="auto"):
+    """bfloat16 arithmetic where the processor has it and `precision` is auto, else float32."""
+    if precision == "float32":
+        fast = False
+    elif where.type == "cpu":
         has = torch.cpu.get_capabilities()
         fast = any(has.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
     else:
@@ -195,7 +205,9 @@ def load_checkpoint(path, stage=None):
     except FileNotFoundError:
         raise ValueError(f"checkpoint {path} does not exist") from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint of plain types, and was not loaded: {error}"[:200]) from None
+        raise ValueError(
+            f"{path} is not a whole checkpoint of plain types, and was not loaded: {error}"[:200]
+        ) from None
     found = state.get("stage") if isinstance(state, dict) else None
     if found is None or stage is not None and found != stage:
         raise ValueError(f"{path} is a checkpoint of {found or 'something else'}, not of {stage or 'this project'}")
@@ -203,7 +215,7 @@ def load_checkpoint(path, stage=None):
 
 
 def restore(network, path, stage, where):
-    """Rebuilds `network` (a class) with the EMA weights of a finished checkpoint. Returns (model in eval mode, checkpoint)."""
+    """Rebuilds `network` (a class) with the EMA weights of a checkpoint. Returns (model in eval mode, checkpoint)."""
     state = load_checkpoint(path, stage)
     try:
         model = network(**state["model_args"])
@@ -253,7 +265,9 @@ class Training:
         self.fixed = dict(stage=stage, model_args=model_args, extra=extra or {}, inputs=inputs or {})
         if checkpoint:
             if checkpoint["inputs"] != self.fixed["inputs"]:
-                raise ValueError(f"{args.model} was trained on {checkpoint['inputs']}, not on {inputs}: it cannot resume")
+                raise ValueError(
+                    f"{args.model} was trained on {checkpoint['inputs']}, not on {inputs}: it cannot resume"
+                )
             if checkpoint["step"] > args.steps:
                 raise ValueError(f"{args.model} is at step {checkpoint['step']} already, past --steps {args.steps}")
             self.start = checkpoint["step"]
@@ -275,9 +289,13 @@ class Training:
 
     def save(self, path, step):
         state = dict(
-            self.fixed, step=step, args={k: v for k, v in vars(self.args).items() if not callable(v)},
-            model=self.model.state_dict(), ema=self.ema.module.state_dict(),
-            optimizer=self.optimizer.state_dict(), scheduler=self.scheduler.state_dict(),
+            self.fixed,
+            step=step,
+            args={k: v for k, v in vars(self.args).items() if not callable(v)},
+            model=self.model.state_dict(),
+            ema=self.ema.module.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            scheduler=self.scheduler.state_dict(),
         )
         with whole(path) as temporary:
             torch.save(state, temporary)
@@ -303,7 +321,9 @@ class Training:
                         self.loss = torch.stack(self.losses).mean().item()
                         if not np.isfinite(self.loss):
                             raise ValueError(f"the loss is {self.loss} at step {step}: try a lower --lr than {args.lr}")
-                        line = dict(stage=self.stage, step=step, loss=round(self.loss, 6), seconds=round(now - began, 1))
+                        line = dict(
+                            stage=self.stage, step=step, loss=round(self.loss, 6), seconds=round(now - began, 1)
+                        )
                         print(json.dumps(line), file=log, flush=True)
                         bar.set_postfix(loss=f"{self.loss:.4g}")
                         self.losses, logged = [], now

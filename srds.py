@@ -1,6 +1,6 @@
 """Stage 3: stabilized reverse diffusion sampling (Sec. 3.5, Eqs. 3-4): the mean of the samples from +eps and -eps.
 
-    In    bsn_out.h5    volumes/<name>/pred  (S,H,W) float32: the condition x_c; the prediction diffusion.pt was trained on
+    In    bsn_out.h5    volumes/<name>/pred  (S,H,W) float32: the condition x_c, as diffusion.pt was trained on
           diffusion.pt  checkpoint of diffusion.py; its EMA weights are used
     Out   srds_out.h5   volumes/<name>/pred  (S,H,W) float32: the denoised image (Eq. 4)
                         volumes/<name>/std   half the difference of a pair, or the deviation over several pairs
@@ -36,7 +36,7 @@ def ddim(eps_model, x_T, c, abar, steps):
     """DDIM sampling, eta = 0, from x_T (B,C,H,W) at the last timestep to abar = 1; no clipping. Returns X (B,C,H,W).
 
     Args:
-        eps_model: any callable (x_t, c, t (B,)) to eps (B,C,H,W). c: condition, passed on. abar: (T,) cumulative alphas.
+        eps_model: any callable (x_t, c, t (B,)) to eps (B,C,H,W). c: condition, passed on. abar: (T,).
     Source: Song et al. 2020, Eq. 12 with sigma = 0.
     """
     x, ts = x_T, timesteps(len(abar), steps)
@@ -74,7 +74,9 @@ def sample(eps_model, c, noise, abar, mode, pairs, steps):
     if mode == "single":
         return ddim(eps_model, noise(0), c, abar, steps), None
     if mode == "independent":
-        return ddim(eps_model, torch.cat([noise(0), noise(1)]), torch.cat([c, c]), abar, steps).view(2, *c.shape).mean(0), None
+        return ddim(eps_model, torch.cat([noise(0), noise(1)]), torch.cat([c, c]), abar, steps).view(2, *c.shape).mean(
+            0
+        ), None
     means, halves = zip(*(srds(eps_model, c, noise(k), abar, steps) for k in range(pairs)))
     mean = torch.stack(means).mean(0)
     spread = torch.cat([torch.stack(means) - mean + s * torch.stack(halves) for s in (1, -1)])  # of all 2K samples
@@ -93,7 +95,9 @@ def predict(args):
     attrs, volumes = data.read_attrs(args.cond)
     changed = [n for n, a in volumes.items() if state["inputs"].get(n, a.get("fingerprint")) != a.get("fingerprint")]
     if changed:
-        print(f"srds: note: {args.model} was trained on other data than volume {changed[0]!r} of {args.cond}", flush=True)
+        print(
+            f"srds: note: {args.model} was trained on other data than volume {changed[0]!r} of {args.cond}", flush=True
+        )
     print(f"srds: EMA weights of {args.model}, step {state['step']}; {args.mode}, {steps} steps", flush=True)
     eps_model = diffusion.eps_model(network, abar, form["predict"])
     keys = ["pred", "std"] if args.mode == "pair" else ["pred"]
@@ -107,7 +111,7 @@ def predict(args):
                     return torch.stack([runtime.gaussian(runtime.step_rng(*s), *c.shape[1:]) for s in seeds]).to(where)
 
                 c = c.to(where)
-                with runtime.autocast(where):
+                with runtime.autocast(where, args.precision):
                     mean, std = sample(eps_model, diffusion.scaled(c), noise, abar, args.mode, args.pairs, steps)
                 out[0][rows] = diffusion.to_image(mean, c, form)[:, 0].cpu()
                 if std is not None:
@@ -118,15 +122,21 @@ def predict(args):
 # command
 # ---------------------------------------------------------------------------------------------------------------
 def main(argv=None):
-    p = runtime.parser(__doc__)
+    p = runtime.network_parser(__doc__)
     p.add_argument("--cond", required=True, help="prediction file (.h5): the condition x_c of every slice")
     p.add_argument("--model", default="diffusion.pt", help="checkpoint of diffusion.py (default diffusion.pt)")
     p.add_argument("--out", default="srds_out.h5", help="prediction to write (default srds_out.h5)")
-    p.add_argument("--mode", choices=("single", "independent", "pair", "zero"), default="pair", help="default pair: SRDS")
-    p.add_argument("--pairs", type=runtime.positive, default=1, help="antithetic pairs to average (default 1, as the paper)")
+    p.add_argument(
+        "--mode", choices=("single", "independent", "pair", "zero"), default="pair", help="default pair: SRDS"
+    )
+    p.add_argument(
+        "--pairs", type=runtime.positive, default=1, help="antithetic pairs to average (default 1, as the paper)"
+    )
     p.add_argument("--steps", type=runtime.positive, help="DDIM steps (default: the preset the model was trained with)")
     p.add_argument("--split", choices=(*data.SPLITS, "all"), default="all", help="sample only this split (default all)")
-    p.add_argument("--batch", type=runtime.positive, default=4, help="slices at a time; a pair doubles them (default 4)")
+    p.add_argument(
+        "--batch", type=runtime.positive, default=4, help="slices at a time; a pair doubles them (default 4)"
+    )
     args = p.parse_args(argv)
     runtime.check_outputs([args.cond, args.model], [args.out])
     predict(args)

@@ -14,10 +14,37 @@ ROOT = Path(__file__).parent.parent
 
 # Networks and runs of a few seconds: flags that every test run shares.
 TINY = {
-    "bsn": ["--width", "8", "--enc-blocks", "1", "--middle-blocks", "1", "--steps", "4", "--batch", "2", "--crop", "32"],
+    "bsn": [
+        "--width",
+        "8",
+        "--enc-blocks",
+        "1",
+        "--middle-blocks",
+        "1",
+        "--steps",
+        "4",
+        "--batch",
+        "2",
+        "--crop",
+        "32",
+    ],
     "diffusion": ["--width", "8", "--mult", "1", "2", "--blocks", "1", "--steps", "4", "--batch", "2", "--crop", "32"],
-    "distill": ["--width", "8", "--enc-blocks", "1", "--middle-blocks", "1", "--dec-blocks", "1",
-                "--steps", "4", "--batch", "2", "--crop", "32"],
+    "distill": [
+        "--width",
+        "8",
+        "--enc-blocks",
+        "1",
+        "--middle-blocks",
+        "1",
+        "--dec-blocks",
+        "1",
+        "--steps",
+        "4",
+        "--batch",
+        "2",
+        "--crop",
+        "32",
+    ],
 }
 
 
@@ -40,8 +67,16 @@ def make_dataset(path, seed=0, sizes=((3, 48, 40), (2, 37, 53)), clean=True):
         for k, (size, split) in enumerate(zip(sizes, ("train", "test"))):
             x = ellipses(rng, *size)
             y = np.stack([noise.add(s, "gaussian", 6 / 255, 0, rng) for s in x])
-            kept = add(f"v{k}", x.shape, ["noisy", "clean"] if clean else ["noisy"], split=split, scale=1.0, offset=0.0,
-                       source="ellipses", fingerprint=data.fingerprint(y))
+            kept = add(
+                f"v{k}",
+                x.shape,
+                ["noisy", "clean"] if clean else ["noisy"],
+                split=split,
+                scale=1.0,
+                offset=0.0,
+                source="ellipses",
+                fingerprint=data.fingerprint(y),
+            )
             for array, values in zip(kept, (y, x)):
                 array[:] = values
     return path

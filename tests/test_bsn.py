@@ -24,7 +24,16 @@ def test_exactly_blind(h, w, blind_spot, dense):
     rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     with torch.no_grad():
         before = net(y)
-        for i, j in [(0, 0), (0, w - 1), (h - 1, 0), (h - 1, w - 1), (1, w - 2), (h // 2, w // 2), (h - 3, 2), (0, w // 2)]:
+        for i, j in [
+            (0, 0),
+            (0, w - 1),
+            (h - 1, 0),
+            (h - 1, w - 1),
+            (1, w - 2),
+            (h // 2, w // 2),
+            (h - 3, 2),
+            (0, w // 2),
+        ]:
             changed = y.clone()
             changed[0, 0, i, j] += 1
             difference = (net(changed) - before).abs()[0, 0]

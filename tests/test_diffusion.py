@@ -25,9 +25,14 @@ def test_schedule_ends_in_noise_and_keeps_its_beginning():
 
 @pytest.mark.parametrize("predict", ["eps", "v"])
 def test_loss_is_zero_for_the_truth_and_one_for_one(predict):
-    """Eqs. 1-2 from the outside: a network that undoes Eq. 1 has no loss; one that is off by 1 everywhere has loss 1."""
+    """Eqs. 1-2 from the outside: a network that undoes Eq. 1 has no loss; one that is off by 1 has loss 1."""
     torch.manual_seed(0)
-    x0, eps, abar, t = torch.randn(6, 1, 8, 8), torch.randn(6, 1, 8, 8), alpha_bar(1000), torch.tensor([0, 3, 100, 500, 800, 980])
+    x0, eps, abar, t = (
+        torch.randn(6, 1, 8, 8),
+        torch.randn(6, 1, 8, 8),
+        alpha_bar(1000),
+        torch.tensor([0, 3, 100, 500, 800, 980]),
+    )
     a = abar.float()[t].view(-1, 1, 1, 1)
 
     def knows(x_t, c, t, offset=0.0):
@@ -56,8 +61,13 @@ def test_published_sizes():
         assert sum(p.numel() for p in UNet(mult=(1, 2, 3, 4), attention=(2, 3)).parameters()) == 92_022_273
 
 
-@pytest.mark.parametrize("kw", [dict(width=8, mult=(1, 2), blocks=1, attention=(), patch=2, groups=0),
-                                dict(width=8, mult=(1, 2, 2), blocks=1, attention=(2,), patch=1, groups=4)])
+@pytest.mark.parametrize(
+    "kw",
+    [
+        dict(width=8, mult=(1, 2), blocks=1, attention=(), patch=2, groups=0),
+        dict(width=8, mult=(1, 2, 2), blocks=1, attention=(2,), patch=1, groups=4),
+    ],
+)
 def test_any_size_from_16(kw):
     torch.manual_seed(0)
     net = UNet(**kw)

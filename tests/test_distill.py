@@ -34,7 +34,9 @@ def test_local_mean(h, w, window):
     got = local_mean(x, window)
     top, left = (kernel[0] - 1) // 2, (kernel[1] - 1) // 2
     assert got.shape == x.shape
-    torch.testing.assert_close(got[..., top : top + expected.shape[2], left : left + expected.shape[3]], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        got[..., top : top + expected.shape[2], left : left + expected.shape[3]], expected, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(got[..., 0, 0], expected[..., 0, 0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(got[..., -1, -1], expected[..., -1, -1], rtol=1e-4, atol=1e-5)
 
@@ -61,5 +63,17 @@ def test_psnr_loss():
 
 def test_supervised_needs_clean_and_others_never_open_it(made):
     """--target clean is the one run that may use clean images."""
-    ok("distill", "--data", "knee.h5", "--target", "clean", *TINY["distill"], "--model", "sup.pt", "--out", "sup.h5", cwd=made)
+    ok(
+        "distill",
+        "--data",
+        "knee.h5",
+        "--target",
+        "clean",
+        *TINY["distill"],
+        "--model",
+        "sup.pt",
+        "--out",
+        "sup.h5",
+        cwd=made,
+    )
     assert set(data.read_volumes(made / "sup.h5", "pred")) == {"v0", "v1"}

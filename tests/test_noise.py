@@ -7,7 +7,11 @@ from conftest import make_dataset, ok
 import data
 import noise
 
-CASES = [("gaussian", 6 / 255, lambda x: (6 / 255) ** 2 + 0 * x), ("poisson", 200, lambda x: x / 200), ("gamma", 100, lambda x: x**2 / 100)]
+CASES = [
+    ("gaussian", 6 / 255, lambda x: (6 / 255) ** 2 + 0 * x),
+    ("poisson", 200, lambda x: x / 200),
+    ("gamma", 100, lambda x: x**2 / 100),
+]
 
 
 @pytest.mark.parametrize("kind, level, variance", CASES)
@@ -23,11 +27,17 @@ def test_mean_and_variance(kind, level, variance, intensity):
 def test_noisy_psnr_of_the_paper(correlation):
     """Every Gaussian column of Tables 1-2 starts from 32.57 dB: nothing is clipped, and correlation keeps the power."""
     x = np.zeros((300, 300))  # black background: clipping would show here
-    psnr = [-10 * np.log10(np.mean((noise.add(x, "gaussian", 6 / 255, correlation, np.random.default_rng(s)) - x) ** 2)) for s in range(8)]
+    psnr = [
+        -10 * np.log10(np.mean((noise.add(x, "gaussian", 6 / 255, correlation, np.random.default_rng(s)) - x) ** 2))
+        for s in range(8)
+    ]
     assert np.mean(psnr) == pytest.approx(32.57, abs=0.03)
 
 
-@pytest.mark.parametrize("correlation, axis, diagonal", [(0, (0, 0, 0), 0), (0.5, (0.130, 0.009, 0), 0.034), (1.2, (0.42, 0.25, 0.106), 0.353)])
+@pytest.mark.parametrize(
+    "correlation, axis, diagonal",
+    [(0, (0, 0, 0), 0), (0.5, (0.130, 0.009, 0), 0.034), (1.2, (0.42, 0.25, 0.106), 0.353)],
+)
 @pytest.mark.parametrize("kind, level", [("gaussian", 6 / 255), ("poisson", 200), ("gamma", 100)])
 def test_neighbour_correlation(kind, level, correlation, axis, diagonal):
     x = np.full((700, 700), 0.4)
@@ -45,11 +55,31 @@ def test_one_stored_realisation(tmp_path):
     """The same seed gives the same file, another seed another; the fingerprint follows; clean is kept as it was."""
     make_dataset(tmp_path / "clean.h5")
     for seed, out in ((0, "a.h5"), (0, "b.h5"), (1, "c.h5")):
-        ok("noise", "add", "--data", "clean.h5", "--kind", "poisson", "--level", 200, "--seed", seed, "--out", out, cwd=tmp_path)
+        ok(
+            "noise",
+            "add",
+            "--data",
+            "clean.h5",
+            "--kind",
+            "poisson",
+            "--level",
+            200,
+            "--seed",
+            seed,
+            "--out",
+            out,
+            cwd=tmp_path,
+        )
     a, b, c = (data.read_volumes(tmp_path / f) for f in ("a.h5", "b.h5", "c.h5"))
     assert np.array_equal(a["v0"], b["v0"]) and not np.array_equal(a["v0"], c["v0"])
-    assert data.fingerprints(tmp_path / "a.h5") == data.fingerprints(tmp_path / "b.h5") != data.fingerprints(tmp_path / "c.h5")
-    assert np.array_equal(data.read_volumes(tmp_path / "a.h5", "clean")["v0"], data.read_volumes(tmp_path / "clean.h5", "clean")["v0"])
+    assert (
+        data.fingerprints(tmp_path / "a.h5")
+        == data.fingerprints(tmp_path / "b.h5")
+        != data.fingerprints(tmp_path / "c.h5")
+    )
+    assert np.array_equal(
+        data.read_volumes(tmp_path / "a.h5", "clean")["v0"], data.read_volumes(tmp_path / "clean.h5", "clean")["v0"]
+    )
     assert data.read_attrs(tmp_path / "a.h5")[0]["noise"] == {"kind": "poisson", "level": 200.0, "correlation": 0}
 
 

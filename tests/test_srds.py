@@ -12,9 +12,11 @@ from srds import ddim, srds, timesteps
 
 def gaussian_score(abar, mean, sd):
     """The exact eps of data N(mean, sd^2): linear in x_t."""
+
     def eps_model(x, c, t):
         a = abar.to(x)[t].view(-1, 1, 1, 1)
         return (1 - a).sqrt() * (x - a.sqrt() * mean) / (a * sd**2 + 1 - a)
+
     return eps_model
 
 
@@ -40,8 +42,13 @@ def test_linear_score_pair_equals_zero(steps):
 def test_samples_have_the_data_s_spread():
     """With many steps one sample of N(0.5, 0.2^2) has that mean and spread: fails if the end is not alpha_bar = 1."""
     abar = alpha_bar(1000, least=0)
-    x = ddim(gaussian_score(abar, 0.5, 0.2), torch.randn(1, 1, 200, 200, generator=torch.Generator().manual_seed(0), dtype=torch.double),
-             None, abar, 1000)
+    x = ddim(
+        gaussian_score(abar, 0.5, 0.2),
+        torch.randn(1, 1, 200, 200, generator=torch.Generator().manual_seed(0), dtype=torch.double),
+        None,
+        abar,
+        1000,
+    )
     assert x.mean().item() == pytest.approx(0.5, abs=0.004) and x.std().item() == pytest.approx(0.2, rel=0.02)
 
 
@@ -49,8 +56,13 @@ def test_samples_have_the_data_s_spread():
 def test_ddim_agrees_with_diffusers(steps):
     """Same start, dummy model, trailing spacing, to 1e-5."""
     diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDIMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing",
-                                        clip_sample=False, set_alpha_to_one=True)
+    scheduler = diffusers.DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_schedule="squaredcos_cap_v2",
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )
     scheduler.alphas_cumprod = alpha_bar(1000, least=0)  # theirs, in float64 so that only the formula is compared
     scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.double)
     scheduler.set_timesteps(steps)
@@ -92,13 +104,30 @@ def test_result_does_not_depend_on_the_batch(made):
         ok("srds", "--cond", "bsn_out.h5", "--steps", 3, "--batch", batch, "--out", f"batch{batch}.h5", cwd=made)
     a, b = arrays(made / "batch1.h5"), arrays(made / "batch3.h5")
     for name in a:
-        np.testing.assert_allclose(a[name], b[name], rtol=0, atol=2e-4)  # bfloat16 kernels differ by batch in the last bits
+        np.testing.assert_allclose(
+            a[name], b[name], rtol=0, atol=2e-4
+        )  # bfloat16 kernels differ by batch in the last bits
 
 
 def test_modes(made):
     """Every mode writes what it says; the pair has its std, and its noise differs from slice to slice."""
     for mode in ("single", "independent", "zero", "pair"):
-        ok("srds", "--cond", "bsn_out.h5", "--mode", mode, "--pairs", 2, "--steps", 2, "--split", "test", "--out", f"{mode}.h5", cwd=made)
+        ok(
+            "srds",
+            "--cond",
+            "bsn_out.h5",
+            "--mode",
+            mode,
+            "--pairs",
+            2,
+            "--steps",
+            2,
+            "--split",
+            "test",
+            "--out",
+            f"{mode}.h5",
+            cwd=made,
+        )
         assert list(arrays(made / f"{mode}.h5")) == ["v1"]
     assert not arrays(made / "zero.h5", "std") and not arrays(made / "single.h5", "std")
     std = arrays(made / "pair.h5", "std")["v1"]

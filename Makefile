@@ -1,0 +1,27 @@
+# Every target sets up what it needs in .venv: on a fresh machine with Python 3.11+, `make demo` is all there is to type.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/run.done
+	$(BIN)/python denoise.py --demo
+
+test: $(VENV)/dev.done
+	$(BIN)/python -m pytest -q --durations=5
+
+lint: $(VENV)/dev.done
+	$(BIN)/ruff check .
+
+$(VENV)/%.done:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
+$(VENV)/run.done: requirements.txt
+$(VENV)/dev.done: requirements-dev.txt requirements.txt
+
+clean:
+	rm -rf $(VENV) demo

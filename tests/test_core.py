@@ -1,0 +1,53 @@
+"""Each core section runs when it is cut out of its file and pasted somewhere else."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+BANNER = "# " + "-" * 20
+USES = {
+    "bsn": "net = PUCA(width=8, enc_blocks=(1,), middle_blocks=1, dec_blocks=(1,))\n"
+    "blind_spot_loss(net(torch.rand(1, 1, 20, 17)), torch.rand(1, 1, 20, 17)).backward()",
+    "diffusion": "x = torch.rand(2, 1, 32, 32); t = torch.tensor([1, 2])\n"
+    "net = UNet(width=8, mult=(1, 2), blocks=1, attention=(), groups=0)\n"
+    "diffusion_loss(net, x, x, alpha_bar(), t, torch.randn_like(x)).backward()",
+    "srds": "x, abar = torch.rand(1, 1, 8, 8), torch.linspace(0.99, 0.01, 10)\n"
+    "m, h = srds(lambda x, c, t: x, x, torch.randn_like(x), abar, 5)\n"
+    "assert m.abs().max() < 1e-6 < h.abs().max()",
+    "distill": "net = NAFNet(width=8, enc_blocks=(1,), middle_blocks=1, dec_blocks=(1,))\n"
+    "psnr_loss(net(torch.rand(1, 1, 20, 17)), 0).backward()",
+    "noise": "assert add(np.zeros((8, 8)), 'gaussian', 0.1, 0.5).std() > 0.01",
+}
+ALLOWED = {
+    "bsn": {"torch", "einops"},
+    "diffusion": {"torch", "einops", "math"},
+    "srds": {"torch"},
+    "distill": {"torch"},
+    "noise": {"numpy", "scipy"},
+}
+
+
+def core(stage):
+    """The text between the banner that begins with `# core` and the next banner."""
+    lines = (ROOT / f"{stage}.py").read_text().splitlines()
+    banners = [k for k, line in enumerate(lines) if line.startswith(BANNER)]
+    start = next(k for k, line in enumerate(lines) if line.startswith("# core"))
+    end = next(k for k in banners if k > start + 1)
+    return "\n".join(lines[start + 2 : end])
+
+
+@pytest.mark.parametrize("stage", USES)
+def test_core_stands_alone(stage, tmp_path):
+    text = core(stage)
+    imported = {
+        n.name.split(".")[0] for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for n in node.names
+    }
+    imported |= {node.module.split(".")[0] for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+    assert imported <= ALLOWED[stage]
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", f"{text}\n{USES[stage]}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

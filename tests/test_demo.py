@@ -1,0 +1,34 @@
+"""denoise.py --demo from end to end with a hundredth of its training, interrupted once."""
+
+import json
+import shutil
+
+from conftest import ok
+
+
+def test_demo_and_its_resume(tmp_path):
+    first = ok("denoise", "--demo", "--effort", "0.01", cwd=tmp_path).stdout
+    results = json.loads((tmp_path / "demo/results.json").read_text())
+    assert list(results) == [
+        "noisy",
+        "non-local means, level known",
+        "blind-spot network",
+        "one sample, 25 steps",
+        "SRDS pair, 25 steps",
+        "student",
+    ]
+    assert abs(results["noisy"]["psnr"] - 32.57) < 0.03 and results["noisy"]["n"] == 12
+    assert abs(results["blind-spot network"]["leak"]) < 0.01
+    assert results["SRDS pair, 25 steps"]["psnr"] > results["one sample, 25 steps"]["psnr"]
+    assert (tmp_path / "demo/report.png").stat().st_size > 10_000 and "Highest PSNR: " in first
+    # Started again, it does nothing but the table; with one output lost, it makes that one and what follows from it.
+    stages = json.loads((tmp_path / "demo/stages.json").read_text())
+    again = ok("denoise", "--demo", "--effort", "0.01", cwd=tmp_path).stdout
+    assert "bsn:" not in again and json.loads((tmp_path / "demo/stages.json").read_text()) == stages
+    (tmp_path / "demo/srds_out.h5").unlink()
+    shutil.copy(tmp_path / "demo/results.json", tmp_path / "before.json")
+    third = ok("denoise", "--demo", "--effort", "0.01", cwd=tmp_path).stdout
+    assert "diffusion: " not in third and "distill: " in third
+    assert json.loads((tmp_path / "demo/results.json").read_text()) == json.loads(
+        (tmp_path / "before.json").read_text()
+    )

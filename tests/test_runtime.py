@@ -1,0 +1,129 @@
+"""How a run is kept: resumed runs and several processes give the same weights; nothing half-made stands."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, make_dataset, ok, run
+
+import runtime
+
+STAGES = {
+    "bsn": ("bsn.pt", ["--data", "knee.h5"]),
+    "diffusion": ("diffusion.pt", ["--data", "knee.h5", "--cond", "bsn_out.h5"]),
+    "distill": ("student.pt", ["--data", "knee.h5", "--target", "bsn_out.h5"]),
+}
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    for name in ("knee.h5", "bsn_out.h5"):
+        (tmp_path / name).write_bytes((made / name).read_bytes())
+    return tmp_path
+
+
+def weights(path):
+    state = torch.load(path, weights_only=True)
+    return {f"{part}.{k}": v for part in ("model", "ema") for k, v in state[part].items()} | {
+        "lr": state["scheduler"]["_last_lr"]
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_and_two_steps_are_four(folder, stage):
+    """Bit for bit: weights, EMA, learning rate and predictions. No flag but --resume is repeated for the network."""
+    model, inputs = STAGES[stage]
+    ok(stage, *inputs, *TINY[stage], "--model", "four.pt", *out(stage, "four.h5"), cwd=folder)
+    ok(stage, *inputs, *TINY[stage], "--model", model, "--stop-at", 2, *out(stage, "two.h5"), cwd=folder)
+    assert not (folder / model).exists() and (folder / f"{model}.part").exists() and not (folder / "two.h5").exists()
+    ok(stage, *inputs, "--model", model, "--resume", *out(stage, "two.h5"), cwd=folder)
+    assert not (folder / f"{model}.part").exists()
+    a, b = weights(folder / "four.pt"), weights(folder / model)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
+
+
+def out(stage, name):
+    return [] if stage == "diffusion" else ["--out", name]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_are_one(folder, stage):
+    """torchrun with two gloo processes gives the weights of one process with the same global batch."""
+    inputs = [*STAGES[stage][1], *TINY[stage], "--precision", "float32"]
+    ok(stage, *inputs, "--model", "one.pt", *out(stage, "one.h5"), cwd=folder)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / f"{stage}.py"),
+    ]
+    command += [*map(str, inputs), "--model", "two.pt", *out(stage, "two.h5")]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = weights(folder / "one.pt"), weights(folder / "two.pt")
+    for k in one:
+        if torch.is_tensor(one[k]):
+            torch.testing.assert_close(one[k], two[k], rtol=0, atol=1e-5)
+
+
+def test_terminated_and_resumed(folder):
+    """SIGTERM (SLURM's) ends a step, saves and exits 130; --resume goes on from there."""
+    flags = [*STAGES["bsn"][1], *TINY["bsn"], "--steps", 100000]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "bsn.py"), *map(str, flags)], cwd=folder, stdout=subprocess.PIPE, text=True
+    )
+    while not (folder / "bsn.jsonl").exists():  # made when the loop begins
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert "go on with --resume" in process.communicate(timeout=60)[0] and process.returncode == 130
+    step = torch.load(folder / "bsn.pt.part", weights_only=True)["step"]
+    assert step > 0 and not (folder / "bsn.pt").exists()
+    ok("bsn", *STAGES["bsn"][1], "--resume", "--steps", step + 2, cwd=folder)
+    assert torch.load(folder / "bsn.pt", weights_only=True)["step"] == step + 2
+
+
+def test_resume_on_other_data_is_refused(folder):
+    ok("bsn", "--data", "knee.h5", *TINY["bsn"], cwd=folder)
+    make_dataset(folder / "other.h5", seed=5)
+    done = run("bsn", "--data", "other.h5", "--resume", "--steps", 6, cwd=folder)
+    assert done.returncode == 2 and "cannot resume" in done.stderr
+
+
+def test_checkpoint_is_plain_and_complete(made):
+    state = runtime.load_checkpoint(made / "diffusion.pt", "diffusion")
+    assert state["step"] == 4 and state["args"]["lr"] == 1e-3 and state["extra"]["predict"] == "v"
+    assert {"model", "ema", "optimizer", "scheduler", "model_args", "inputs"} <= state.keys()
+
+
+def test_step_rng_is_counted():
+    assert runtime.step_rng(0, 5).random() == runtime.step_rng(0, 5).random() != runtime.step_rng(0, 6).random()
+    assert runtime.step_rng(1, 5).random() != runtime.step_rng(0, 5).random()
+
+
+def test_ema_follows_its_formula():
+    """decay = min(decay, (1+n)/(10+n)); after many updates a constant is reached exactly."""
+    average, update = [torch.zeros(1)], runtime.ema_update(0.9)
+    update(average, [torch.ones(1)], 1)
+    assert average[0].item() == pytest.approx(1 - 2 / 11)
+    update(average, [torch.ones(1)], 1000)
+    assert average[0].item() == pytest.approx(1 - 0.9 * 2 / 11)
+
+
+@pytest.mark.parametrize("text, value", [("6/255", 6 / 255), ("0.5", 0.5)])
+def test_fraction(text, value):
+    assert runtime.fraction(text) == value
+
+
+def test_help_of_every_script(tmp_path):
+    for script in ("data", "noise", "bsn", "diffusion", "srds", "distill", "baselines", "evaluate", "denoise"):
+        assert "usage:" in ok(script, "--help", cwd=tmp_path).stdout
