@@ -42,6 +42,8 @@ def command(main):
     """
     try:
         sys.exit(main())
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os._exit(141)
     except (ValueError, OSError) as error:
         if os.environ.get("DIFFDENOISE_TRACEBACK"):
             raise

@@ -23,7 +23,7 @@ def test_schedule_ends_in_noise_and_keeps_its_beginning():
     assert full[0] > 0.999 and (full.diff() < 0).all()
 
 
-@pytest.mark.parametrize("predict", ["eps", "v"])
+@pytest.mark.parametrize("predict", ["eps", "eps-direct", "v"])
 def test_loss_is_zero_for_the_truth_and_one_for_one(predict):
     """Eqs. 1-2 from the outside: a network that undoes Eq. 1 has no loss; one that is off by 1 has loss 1."""
     torch.manual_seed(0)
@@ -37,13 +37,17 @@ def test_loss_is_zero_for_the_truth_and_one_for_one(predict):
 
     def knows(x_t, c, t, offset=0.0):
         e = (x_t - a.sqrt() * x0) / (1 - a).sqrt()
-        return (e if predict == "eps" else (e - (1 - a).sqrt() * x_t) / a.sqrt()) + offset
+        return (e if predict == "eps-direct" else (e - (1 - a).sqrt() * x_t) / a.sqrt()) + offset
 
     def loss(network):
         return diffusion_loss(network, x0, x0, abar, t, eps, predict).item()
 
     assert loss(knows) == pytest.approx(0, abs=2e-3)
-    assert loss(lambda *a: knows(*a, offset=1.0)) == pytest.approx(1, abs=2e-3)
+    weight = a.sqrt().mean().item() if predict == "eps" else 1  # an error of v counts sqrt(abar) in eps
+    assert loss(lambda *z: knows(*z, offset=1.0)) == pytest.approx(weight, abs=2e-3)
+    torch.testing.assert_close(  # and what was trained is what is sampled
+        eps_model(knows, abar, predict)(a.sqrt() * x0 + (1 - a).sqrt() * eps, None, t), eps, rtol=0, atol=2e-3
+    )
 
 
 def test_v_and_eps_say_the_same():
