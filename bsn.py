@@ -97,6 +97,8 @@ class PUCA(nn.Module):
         self, channels=1, width=128, blind_spot=1, enc_blocks=(3, 4), middle_blocks=4, dec_blocks=(4, 3), dense=False
     ):
         super().__init__()
+        if width % 2:
+            raise ValueError(f"width {width} is odd: every level takes half of it")
         if blind_spot not in (1, 5, 9):
             raise ValueError(f"blind_spot is 1, 5 or 9, not {blind_spot}")
         radius = (blind_spot - 1) // 2
@@ -168,6 +170,7 @@ import runtime
 
 PRESETS = {
     "fast": dict(
+        blind_spot=1,
         width=32,
         enc_blocks=[2],
         middle_blocks=2,
@@ -182,6 +185,7 @@ PRESETS = {
     ),
     # Widths, depths, loss and learning rate of the published PUCA; about its number of images seen.
     "paper": dict(
+        blind_spot=1,
         width=128,
         enc_blocks=[3, 4],
         middle_blocks=4,
@@ -220,7 +224,15 @@ def train(args, checkpoint=None):
     scheduler = runtime.warmup_cosine(optimizer, args.steps)
     ema = AveragedModel(model, multi_avg_fn=runtime.ema_update(args.ema))
     run = runtime.Training(
-        "bsn", args, checkpoint, model, optimizer, scheduler, ema, model_args, inputs=data.fingerprints(args.data)
+        "bsn",
+        args,
+        checkpoint,
+        model,
+        optimizer,
+        scheduler,
+        ema,
+        model_args,
+        inputs=dict(data=data.fingerprints(args.data)),
     )
     for step in run.steps():
         (y,) = data.random_crops([noisy], args.batch, args.crop, runtime.step_rng(args.seed, step), run.rank, run.world)
@@ -263,9 +275,7 @@ def main(argv=None):
         "--blind-spot",
         type=int,
         choices=(1, 5, 9),
-        default=1,
-        help="diameter of the hole, pixels: 1 for white "
-        "noise, 5 or 9 for noise correlated over 0.5 or 1.2 pixels (default 1)",
+        help="diameter of the hole, pixels: 1 for white noise (default), 5 or 9 for noise blurred by 0.5 or 1.2 pixels",
     )
     p.add_argument("--width", type=runtime.positive, help="features at the first level")
     p.add_argument(
@@ -277,7 +287,10 @@ def main(argv=None):
     p.add_argument("--beta2", type=float, help="AdamW's second decay")
     p.add_argument("--ema", type=float, help="decay per step of the averaged weights")
     args = p.parse_args(argv)
-    runtime.check_outputs([args.data], [args.out] if args.predict else [args.out, args.model])
+    if args.predict:
+        runtime.check_outputs([args.data, args.model], [args.out])
+    else:
+        runtime.check_outputs([args.data], [args.out, args.model])
     if not args.predict:
         train(args, runtime.settle(args, PRESETS, "bsn"))
     if runtime.leave_others():

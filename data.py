@@ -52,6 +52,10 @@ def finite(array, where):
     return array
 
 
+def split_of(group):
+    return group.attrs.get("split", "train")
+
+
 def open_file(path):
     """Opens a file of the contract. Raises ValueError with one reason if it is not one."""
     path = Path(path)
@@ -70,8 +74,8 @@ def open_file(path):
     return file
 
 
-def read_volumes(path, key="noisy", split=None, memory=IN_MEMORY):
-    """The arrays `key` of a file: {volume name: (S,H,W) float32 array}, all splits or one.
+def read_volumes(path, key="noisy", split=None, memory=IN_MEMORY, names=None):
+    """The arrays `key` of a file: {volume name: (S,H,W) float32 array}, of all volumes, one split, or some names.
 
     Together larger than `memory` bytes, they stay on disk and are read slice by slice as they are indexed.
 
@@ -80,7 +84,7 @@ def read_volumes(path, key="noisy", split=None, memory=IN_MEMORY):
     """
     file, found = open_file(path), {}
     for name, group in file["volumes"].items():
-        if split not in (None, "all", group.attrs.get("split", "train")):
+        if split not in (None, "all", split_of(group)) or names is not None and name not in names:
             continue
         where = f"{path}: volume {name!r}"
         if key not in group:
@@ -96,6 +100,7 @@ def read_volumes(path, key="noisy", split=None, memory=IN_MEMORY):
     if sum(4 * np.prod(a.shape, dtype=float) for a in found.values()) > memory:
         return found
     found = {name: np.asarray(a[:], np.float32) for name, a in found.items()}
+    file.close()
     for name, array in found.items():
         if key == "noisy" and np.ptp(array) == 0:
             raise ValueError(f"{path}: volume {name!r} is constant ({array.flat[0]:g}): there is nothing to denoise")
@@ -127,7 +132,9 @@ def fingerprints(path):
 
 
 def read_matching(path, dataset, key="pred", split=None):
-    """Like read_volumes, for a prediction that must have been made from `dataset`. Volumes it lacks are left out.
+    """Like read_volumes, for a prediction that must have been made from `dataset`, which also says what the splits are.
+
+    Volumes that only one of the two has are left out.
 
     Raises:
         ValueError: predicted from other data, or shapes that differ; names both files and the volume.
@@ -143,15 +150,20 @@ def read_matching(path, dataset, key="pred", split=None):
                 raise ValueError(f"volume {name!r} is {ours.shape} in {path} but {other.shape} in {dataset}")
     wrong = [name for name in shared if mine[name] != theirs[name]]
     if wrong:
+        made_from = ", ".join(read_attrs(path)[0].get("inputs", {})) or "unknown data"
         raise ValueError(
-            f"{path} was not made from {dataset}: volume {wrong[0]!r} has fingerprint {mine[wrong[0]]} there, "
-            f"{theirs[wrong[0]]} here ({len(wrong)} of {len(shared)} volumes differ)"
+            f"{path} was not made from {dataset} but from {made_from}: volume {wrong[0]!r} "
+            f"has fingerprint {mine[wrong[0]]} there, {theirs[wrong[0]]} here; {len(wrong)} of {len(shared)} differ"
         )
-    return read_volumes(path, key, split)
+    with open_file(dataset) as file:
+        names = [name for name in shared if split in (None, "all", split_of(file["volumes"][name]))]
+    if not names:
+        raise ValueError(f"{path} holds no volume of the {split} split of {dataset}")
+    return read_volumes(path, key, names=names)
 
 
 @contextlib.contextmanager
-def write_volumes(path, kind, stage, args=None, like=None, inputs=None, noise=None):
+def write_volumes(path, kind, stage, args=None, like=None, noise=None):
     """A new file of the contract, which takes its name only when the block ends without error.
 
     Yields `add(name, shape, keys, **attrs)`, which adds an empty volume and returns its datasets in the order of
@@ -159,12 +171,16 @@ def write_volumes(path, kind, stage, args=None, like=None, inputs=None, noise=No
 
     Args:
         kind: "dataset" or "prediction". stage: the program that writes. args: its flags, with `seed`.
-        like: the file whose volume attributes (split, scale, offset, source, fingerprint) are taken over.
-        inputs: {file name: fingerprint}. noise: what is known of the noise, a dict.
+        like: the file it is made from; what its volumes say of themselves (split, scale, offset, source, fingerprint)
+            is taken over, and `inputs` says which dataset that was. noise: what is known of the noise, a dict.
     """
     known, volumes = read_attrs(like) if like else ({}, {})
+    inputs = known.get("inputs", {})
     if like:  # a volume that carries no fingerprint of its own gets one here
-        volumes = {name: {**volumes[name], "fingerprint": mark} for name, mark in fingerprints(like).items()}
+        marks = fingerprints(like)
+        volumes = {name: {**volumes[name], "fingerprint": mark} for name, mark in marks.items()}
+        if known.get("kind") != "prediction":
+            inputs = {Path(like).name: hashlib.blake2b("".join(marks.values()).encode(), digest_size=8).hexdigest()}
     with runtime.whole(path) as temporary, h5py.File(temporary, "w") as file:
         flags = {
             k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in (args or {}).items()
@@ -176,7 +192,7 @@ def write_volumes(path, kind, stage, args=None, like=None, inputs=None, noise=No
             stage=stage,
             seed=int(flags.get("seed") or 0),
             args=json.dumps(flags),
-            inputs=json.dumps(inputs or known.get("inputs", {})),
+            inputs=json.dumps(inputs),
             noise=json.dumps(noise or known.get("noise", {})),
         )
         group_of_all = file.create_group("volumes")
@@ -212,8 +228,8 @@ def random_crops(stacks, batch, size, rng, rank=0, world=1):
         size: pixels. rng: numpy Generator. rank, world: take only every world-th crop of the batch.
     Returns a list of float32 tensors (batch / world, 1, size, size), channels last. Every slice is equally likely.
 
-    All indices are drawn at once; the pixels are copied once, from views (0.1 ms a batch, where gathering by index
-    arrays takes 0.4 ms), which serves arrays on disk as well.
+    All indices are drawn at once; the pixels are copied once, from views: 0.08 ms for 8 crops of 96x96, where a gather
+    by index arrays takes 1 ms. It serves arrays on disk as well.
     """
     names = list(stacks[0])
     ends = np.cumsum([stacks[0][name].shape[0] for name in names])
@@ -259,7 +275,8 @@ def blocks(count, shares):
     The middle of a volume is the most like the rest of it; its ends often hold little but background.
     """
     val, test = at_least_one(count, shares)
-    first = (count - val - test) // 2 if shares[0] else 0
+    test = test if shares[0] else count - val
+    first = (count - val - test) // 2
     edges = [("train", 0, first), ("val", first, first + val), ("test", first + val, first + val + test)]
     return [b for b in [*edges, ("train", first + val + test, count)] if b[1] < b[2]]
 
@@ -271,7 +288,7 @@ def at_least_one(count, shares):
 
 def import_images(args):
     """Reads image files, maps each volume linearly to [0,1] by its own minimum and maximum, splits, writes."""
-    if not args.sources:
+    if not args.sources and not args.source:
         raise ValueError("name files or folders to import, or --source brain")
     shares = [1.0, 0, 0] if args.split == "train" else [0, 1.0, 0] if args.split == "val" else [0, 0, 1.0]
     if args.split not in SPLITS:
@@ -284,6 +301,7 @@ def import_images(args):
                 f"--split {args.split}: give train, val, test, or three shares that sum to 1, such as 0.8,0.1,0.1"
             )
     found = [volume for source in args.sources for volume in formats.volumes(source)]
+    found += [formats.brain()] * (args.source == "brain")
     names = set()
     with write_volumes(args.out, "dataset", "import", vars(args)) as add:
         # Whole volumes where there are enough of them, or nothing to divide in one; else contiguous blocks of slices.
@@ -300,21 +318,22 @@ def import_images(args):
             if low == high:
                 raise ValueError(f"{volume.source}: volume {name!r} is constant ({low:g}): there is nothing to denoise")
             scale, offset = (low - high, high) if volume.inverted else (high - low, low)
-            values = patches(((raw - offset) / scale).astype(np.float32), args.patch)
+            values = ((raw - offset) / scale).astype(np.float32)
             parts = [(of_volume[k], 0, len(values))] if whole else blocks(len(values), shares)
             for split, first, end in parts:
                 part = name if len(parts) == 1 else f"{name}_{first:03d}-{end - 1:03d}"
+                block = patches(values[first:end], args.patch)
                 (out,) = add(
                     part,
-                    values[first:end].shape,
+                    block.shape,
                     ["noisy"],
                     split=split,
                     scale=scale,
                     offset=offset,
                     source=volume.source,
-                    fingerprint=fingerprint(values[first:end]),
+                    fingerprint=fingerprint(block),
                 )
-                out[:] = values[first:end]
+                out[:] = block
 
 
 def patches(slices, size):
@@ -342,7 +361,7 @@ def main(argv=None):
     commands = p.add_subparsers(required=True)
     q = commands.add_parser("import", help="image files to a dataset")
     q.add_argument("sources", nargs="*", help="DICOM, NIfTI, PNG, JPEG, TIFF or .npy files, or folders of them")
-    q.add_argument("--source", action="append", default=[], help="the same; `brain` is the built-in brain")
+    q.add_argument("--source", choices=["brain"], help="the built-in brain: MNI152 T1, axial slices")
     q.add_argument("--out", required=True, help="dataset to write (.h5)")
     q.add_argument(
         "--split",
@@ -359,7 +378,6 @@ def main(argv=None):
     q.set_defaults(run=show)
     args = p.parse_args(argv)
     if args.run is import_images:
-        args.sources += args.source
         runtime.check_outputs(args.sources, [args.out])
     run = args.__dict__.pop("run")
     return run(args)

@@ -37,13 +37,16 @@ class Pipeline:
         self.done = json.loads(self.record.read_text()) if self.record.exists() else {}
         self.changed = False
 
-    def __call__(self, main, out, *flags, trains=False):
-        """main([*flags, --out out]) unless it was done before; `trains`: an interrupted training goes on."""
+    def __call__(self, main, out, *flags, trains=None):
+        """main([*flags, --out out]) unless it was done before; `trains`: a model whose interrupted training goes on."""
         argv, started = [*map(str, flags), "--out", str(self.folder / out)], time.monotonic()
         same = self.done.get(out, {}).get("argv") == argv and not self.changed
         if same and self.done[out]["seconds"] is not None and (self.folder / out).exists():
             return
         self.changed = True  # whatever follows is made anew
+        if trains and not same:  # a model of other flags or inputs must not be taken up
+            (self.folder / trains).unlink(missing_ok=True)
+            runtime.part(self.folder / trains).unlink(missing_ok=True)
         self.note(out, argv, None)  # begun with these flags: only then may it be resumed
         main([*argv, "--resume"] if trains and same else argv)
         self.note(out, argv, round(time.monotonic() - started, 1))
@@ -82,9 +85,11 @@ def demo(args):
     )
     noisy = ["--data", path("brain.h5")]
     stage(baselines.main, "nlm_out.h5", *noisy, "--sigma", LEVEL, "--split", "test")
-    stage(bsn.main, "bsn_out.h5", *noisy, "--model", path("bsn.pt"), *steps(bsn), trains=True)
+    stage(bsn.main, "bsn_out.h5", *noisy, "--model", path("bsn.pt"), *steps(bsn), trains="bsn.pt")
     cond = ["--cond", path("bsn_out.h5"), "--model", path("diffusion.pt")]
-    stage(train_diffusion, "diffusion.pt", *noisy, "--cond", path("bsn_out.h5"), *steps(diffusion), trains=True)
+    stage(
+        train_diffusion, "diffusion.pt", *noisy, "--cond", path("bsn_out.h5"), *steps(diffusion), trains="diffusion.pt"
+    )
     stage(srds.main, "srds_out.h5", *cond, *common)
     stage(srds.main, "single25_out.h5", *cond, "--mode", "single", "--steps", 25, "--split", "test", *common)
     stage(srds.main, "srds25_out.h5", *cond, "--mode", "pair", "--steps", 25, "--split", "test", *common)
@@ -97,7 +102,7 @@ def demo(args):
         "--model",
         path("student.pt"),
         *steps(distill),
-        trains=True,
+        trains="student.pt",
     )
     rows = {
         NLM: "nlm_out.h5",

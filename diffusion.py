@@ -98,6 +98,8 @@ class UNet(nn.Module):
 
     def __init__(self, channels=1, width=128, mult=(1, 1, 2, 2, 4, 4), blocks=2, attention=(4, 5), patch=1, groups=32):
         super().__init__()
+        if width % 2:
+            raise ValueError(f"width {width} is odd: half of it are sines of the time, half cosines")
         time = 4 * width
         self.width, self.patch, self.levels = width, patch, len(mult)
         self.time = nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time), nn.SiLU())
@@ -138,7 +140,7 @@ class UNet(nn.Module):
     def forward(self, x_t, c, t):
         h, w = x_t.shape[-2:]
         unit = self.patch * 2 ** (self.levels - 1)
-        x = F.pad(torch.cat([x_t, c], 1), (0, -w % unit, 0, -h % unit), mode="reflect")
+        x = F.pad(torch.cat([x_t, c], 1), (0, -w % unit, 0, -h % unit), mode="replicate")
         frequency = torch.exp(torch.arange(self.width // 2, device=x.device) * (-math.log(10000) / (self.width // 2)))
         angle = t.float()[:, None] * frequency
         time = self.time(torch.cat([angle.cos(), angle.sin()], 1))
@@ -261,7 +263,7 @@ def train(args, checkpoint=None):
     c_all = data.read_matching(args.cond, args.data, split="train")
     y_all = {name: y_all[name] for name in c_all}
     data.check_crop(y_all, args.crop)
-    inputs = {**data.fingerprints(args.cond)}
+    inputs = dict(data=data.fingerprints(args.data), cond={name: data.fingerprint(c) for name, c in c_all.items()})
     if checkpoint:
         model_args, form = checkpoint["model_args"], checkpoint["extra"]
     else:
@@ -278,7 +280,7 @@ def train(args, checkpoint=None):
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
     scheduler = runtime.warmup_cosine(optimizer, args.steps)
     ema = AveragedModel(model, multi_avg_fn=runtime.ema_update(args.ema))
-    abar = alpha_bar(args.T)
+    abar = alpha_bar(form["T"])
     run = runtime.Training("diffusion", args, checkpoint, model, optimizer, scheduler, ema, model_args, form, inputs)
     for step in run.steps():
         rng = runtime.step_rng(args.seed, step)
@@ -321,6 +323,7 @@ def main(argv=None):
     runtime.check_outputs([args.data, args.cond], [args.model])
     checkpoint = runtime.settle(args, PRESETS, "diffusion")
     train(args, checkpoint)
+    runtime.leave_others()
 
 
 if __name__ == "__main__":

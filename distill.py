@@ -74,6 +74,8 @@ class NAFNet(nn.Module):
 
     def __init__(self, channels=1, width=32, enc_blocks=(2, 2, 4, 8), middle_blocks=12, dec_blocks=(2, 2, 2, 2)):
         super().__init__()
+        if len(enc_blocks) != len(dec_blocks):
+            raise ValueError(f"enc_blocks {enc_blocks} and dec_blocks {dec_blocks} differ in their number of levels")
         widths = [width * 2**level for level in range(len(enc_blocks) + 1)]
         stack = lambda w, n: nn.Sequential(*(NAFBlock(w) for _ in range(n)))  # noqa: E731
         self.intro = nn.Conv2d(channels, width, 3, padding=1)
@@ -96,7 +98,7 @@ class NAFNet(nn.Module):
     def forward(self, y):
         h, w = y.shape[-2:]
         unit = 2 ** len(self.encoders)
-        x = self.intro(F.pad(y, (0, -w % unit, 0, -h % unit), mode="reflect"))
+        x = self.intro(F.pad(y, (0, -w % unit, 0, -h % unit), mode="replicate"))
         skips = []
         for encoder, down in zip(self.encoders, self.downs):
             skips.append(encoder(x))
@@ -157,10 +159,9 @@ def train(args, checkpoint=None):
     noisy = data.read_volumes(args.data, "noisy", "train")
     if args.target == "clean":
         target = data.read_volumes(args.data, "clean", "train")
-        inputs = data.fingerprints(args.data)
     else:
         target = data.read_matching(args.target, args.data, split="train")
-        inputs = data.fingerprints(args.target)
+    inputs = dict(data=data.fingerprints(args.data), target={n: data.fingerprint(x) for n, x in target.items()})
     noisy = {name: noisy[name] for name in target}
     data.check_crop(noisy, args.crop)
     model_args = (
@@ -224,7 +225,10 @@ def main(argv=None):
     p.add_argument("--clip", type=float, help="largest gradient norm")
     p.add_argument("--ema", type=float, help="decay per step of the averaged weights")
     args = p.parse_args(argv)
-    runtime.check_outputs([args.data, args.target], [args.out] if args.predict else [args.out, args.model])
+    if args.predict:
+        runtime.check_outputs([args.data, args.model], [args.out])
+    else:
+        runtime.check_outputs([args.data, args.target], [args.out, args.model])
     if not args.predict:
         if not args.target:
             raise ValueError("--target is needed for training: a prediction file, or clean")

@@ -2,7 +2,8 @@
 
     In    knee.h5               volumes/<name>/clean and noisy  (S,H,W) float32
           bsn_out.h5 ...        volumes/<name>/pred             (S,H,W) float32, made from knee.h5
-    Out   a Markdown table; --json results.json {method: {psnr, psnr_sd, ssim, ssim_sd, leak, n}}; --figure report.png
+    Out   a Markdown table; --json results.json {method: {psnr, psnr_sd, ssim, ssim_sd, leak, n, p}};
+          --figure report.png
 
     python evaluate.py --data knee.h5 --pred bsn_out.h5 srds_out.h5 --json results.json --figure report.png
     python evaluate.py --data knee.h5 --pred BSN=bsn_out.h5 "SRDS pair=srds_out.h5"        # names of your own
@@ -48,7 +49,10 @@ def measure(path, pred, split):
         (*psnr_ssim(out[name][s], x[s]), leak(out[name][s], x[s], noisy[name][s]))
         for name, x in clean.items()
         for s in range(x.shape[0])
+        if np.any(noisy[name][s] != x[s])  # a black slice has no Poisson or Gamma noise: nothing to measure
     ]
+    if not rows:
+        raise ValueError(f"no slice of the {split} split of {path} has any noise: noisy and clean are equal")
     return dict(zip(("psnr", "ssim", "leak"), np.array(rows).T))
 
 
@@ -67,18 +71,16 @@ def markdown(methods):
         lines.append(f"| {name} | {psnr} | {ssim} | {m['leak']:.3f} |")
     n = len(next(iter(methods.values()))["psnr"])
     lines += ["", f"{n} slices. {PROTOCOL}"]
-    if n > 1:
-        same = [f"{a} and {b} (p = {p:.2g})" for a, b, p in comparisons(methods) if p >= 0.05]
-        verdict = f"not told apart: {'; '.join(same)}; all other pairs differ" if same else "all pairs differ"
-        lines.append(f"Paired Wilcoxon test of PSNR, two-sided, p < 0.05: {verdict}.")
+    if len(methods) > 1:
+        tests = "; ".join(f"{a} / {b} {p:.2g}" for (a, b), p in comparisons(methods).items())
+        lines.append(f"p-values of the paired Wilcoxon test of PSNR, two-sided (at best {2 / 2**n:.2g} here): {tests}.")
     return "\n".join(lines)
 
 
 def comparisons(methods):
-    """[(method, method, p)] of the paired Wilcoxon test on the PSNR of each slice."""
-    pairs = itertools.combinations(methods, 2)
-    gaps = [(a, b, methods[a]["psnr"] - methods[b]["psnr"]) for a, b in pairs]
-    return [(a, b, float(wilcoxon(gap).pvalue) if np.any(gap) else 1.0) for a, b, gap in gaps]
+    """{(method, method): p} of the paired Wilcoxon test on the PSNR of each slice."""
+    gaps = {(a, b): methods[a]["psnr"] - methods[b]["psnr"] for a, b in itertools.combinations(methods, 2)}
+    return {pair: float(wilcoxon(gap).pvalue) if np.any(gap) else 1.0 for pair, gap in gaps.items()}
 
 
 def figure(dataset, preds, split, out):
@@ -101,22 +103,23 @@ def figure(dataset, preds, split, out):
     window = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
     top, left = np.unravel_index(window.argmax(), window.shape)
     fig, axes = plt.subplots(
-        3, len(images), figsize=(2.3 * len(images), 7.4), dpi=100, layout="constrained", squeeze=False
+        3, len(images), figsize=(2.3 * len(images), 8), dpi=100, layout="constrained", squeeze=False
     )
     for column, (title, image) in zip(axes.T, images.items()):
         score = "" if title == "clean" else "\n{:.2f} dB / {:.3f}".format(*psnr_ssim(image, x))
         column[0].imshow(image, cmap="gray", vmin=low, vmax=high)
         column[0].add_patch(plt.Rectangle((left, top), side, side, fill=False, edgecolor="tab:orange"))
-        column[0].set_title(title + score, fontsize=9)
+        column[0].set_title(title + score, fontsize=8)
         column[1].imshow(image[top : top + side, left : left + side], cmap="gray", vmin=low, vmax=high)
         shown = column[2].imshow(image - x, cmap="RdBu_r", vmin=-scale, vmax=scale)
         for ax in column:
             ax.set(xticks=[], yticks=[])
     for ax, label in zip(axes[:, 0], ("image", "zoom", "error")):
         ax.set_ylabel(label)
-    fig.colorbar(shown, ax=axes[2], shrink=0.8, label="output - clean (range 1)")
+    fig.colorbar(shown, ax=axes, location="bottom", shrink=0.3, aspect=40, pad=0.01, label="error: output - clean")
     fig.suptitle(f"{name}, slice {s}; PSNR / SSIM", fontsize=9)
-    fig.savefig(out)
+    with runtime.whole(out) as temporary:
+        fig.savefig(temporary, format="png")
     plt.close(fig)
 
 
@@ -139,16 +142,22 @@ def main(argv=None):
     runtime.check_outputs([args.data], [f for f in (args.json, args.figure) if f])
     preds = {}
     for text in args.pred:
-        name, _, path = text.rpartition("=")
-        preds[name or Path(path).stem.removesuffix("_out")] = path
+        name, _, path = ("", "", text) if Path(text).exists() else text.rpartition("=")
+        name = name or Path(path).stem.removesuffix("_out")
+        if name in preds or name == "noisy":
+            raise ValueError(f"two methods are named {name!r}: write NAME=FILE")
+        preds[name] = path
     methods = {"noisy": measure(args.data, None, args.split)}
     methods |= {name: measure(args.data, path, args.split) for name, path in preds.items()}
     print(markdown(methods))
     if args.figure:
         figure(args.data, preds, args.split, args.figure)
     if args.json:
+        results = {name: summary(slices) for name, slices in methods.items()}
+        for (a, b), p in comparisons(methods).items():
+            results[a].setdefault("p", {})[b] = results[b].setdefault("p", {})[a] = p
         with runtime.whole(args.json) as temporary:
-            temporary.write_text(json.dumps({name: summary(m) for name, m in methods.items()}, indent=1) + "\n")
+            temporary.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ mapping them to [0,1] is data.py's task.
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -23,14 +24,11 @@ class Volume(NamedTuple):
 
 
 def volumes(source):
-    """Yields every Volume of a file or folder, in a fixed order. 'brain' is the built-in brain.
+    """Yields every Volume of a file or folder, in the order of their names.
 
     Raises:
         ValueError: nothing there can be read, with the reason.
     """
-    if str(source) == "brain" and not Path(source).exists():
-        yield brain()
-        return
     source = Path(source)
     if not source.exists():
         raise ValueError(f"{source} does not exist")
@@ -40,12 +38,13 @@ def volumes(source):
         else [source]
     )
     dicom, found = [p for p in files if is_dicom(p)], 0
+    known = set(dicom)
     for volume in read_dicom(dicom):
         found += 1
         yield volume
     for path in files:
         kind = "".join(path.suffixes[-2:]).lower() if path.suffix == ".gz" else path.suffix.lower()
-        if path in dicom:
+        if path in known:
             continue
         if kind in (".nii", ".nii.gz"):
             found_here = read_nifti(path)
@@ -97,6 +96,8 @@ def read_dicom(paths):
     for path in paths:
         try:
             ds = pydicom.dcmread(path)
+            if "Rows" not in ds:  # a DICOMDIR or a report, not an image
+                continue
             series.setdefault(str(ds.get("SeriesInstanceUID", path.parent)), []).append((slice_position(ds), path, ds))
         except Exception as error:  # pydicom raises many kinds on damaged files
             raise ValueError(f"{path} cannot be read as DICOM: {error}") from None
@@ -147,8 +148,10 @@ def read_numpy(path):
     """Yields one Volume from a .npy file of shape (H,W) or (S,H,W)."""
     try:
         image = np.load(path, allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} cannot be read as .npy: {error}") from None
+    if not isinstance(image, np.ndarray):
+        raise ValueError(f"{path} is an archive of arrays, not one array")
     yield from stack(path, image)
 
 
@@ -160,8 +163,8 @@ def read_picture(path):
         image = skimage.io.imread(path)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from None
-    if path.suffix.lower() not in (".tif", ".tiff") and image.ndim == 3:
-        if np.ptp(image[..., :3].astype(float), axis=-1).any():
+    if image.ndim == 3 and (image.shape[-1] in (3, 4) or path.suffix.lower() not in (".tif", ".tiff")):
+        if image.shape[-1] > 2 and np.ptp(image[..., :3].astype(float), axis=-1).any():
             raise ValueError(f"{path} is a colour image; only one channel can be denoised")
         image = image[..., 0]
     yield from stack(path, image)

@@ -54,7 +54,9 @@ def add(x, kind, level, correlation=0, generator=None):
     n = white(x, kind, level, generator)
     if correlation:
         blurred = gaussian_filter(n, correlation, mode="wrap")
-        blurred *= np.sqrt(np.mean(n**2) / np.mean(blurred**2))
+        blurred *= np.sqrt(
+            np.mean(n**2) / max(np.mean(blurred**2), 1e-30)
+        )  # a black slice has no Poisson or Gamma noise
         n = (blurred + white(x, kind, level, generator)) / np.sqrt(2)
     return (x + n).astype(np.float32)
 
@@ -84,15 +86,14 @@ def main(argv=None):
     runtime.check_outputs([args.data], [args.out])
     if args.correlation < 0:
         raise ValueError(f"--correlation {args.correlation:g} is negative")
-    _, attrs = data.read_attrs(args.data)
+    with data.open_file(args.data) as file:  # `clean` where a volume has it
+        keys = {name: "clean" if "clean" in group else "noisy" for name, group in file["volumes"].items()}
     clean = {}
-    for key in ("noisy", "clean"):  # `clean` where a volume has it
-        with data.open_file(args.data) as file:
-            has = any(key in group for group in file["volumes"].values())
-        clean.update(data.read_volumes(args.data, key) if has else {})
+    for key in sorted(set(keys.values())):
+        clean.update(data.read_volumes(args.data, key, names=[name for name in keys if keys[name] == key]))
     known = dict(kind=args.kind, level=args.level, correlation=args.correlation)
     with data.write_volumes(args.out, "dataset", "noise", vars(args), like=args.data, noise=known) as new_volume:
-        for v, (name, x) in enumerate(clean.items()):
+        for v, (name, x) in enumerate(sorted(clean.items())):
             kept, noisy = new_volume(name, x.shape, ["clean", "noisy"])
             for s in range(x.shape[0]):
                 kept[s] = x[s]

@@ -2,7 +2,8 @@
 
 Every training stage has its own visible loop; what surrounds the loop is here, once:
 
-    run = runtime.Training("bsn", args, model, optimizer, scheduler, ema, model_args)
+    checkpoint = runtime.settle(args, PRESETS, "bsn")
+    run = runtime.Training("bsn", args, checkpoint, model, optimizer, scheduler, ema, model_args)
     for step in run.steps():                       # resumes, shows progress, logs, saves; stops cleanly on Ctrl-C
         rng = runtime.step_rng(args.seed, step)    # the only randomness of this step
         ...
@@ -18,7 +19,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
 import signal
 import sys
 import time
@@ -69,9 +69,16 @@ def positive(text):
     return int(text)
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong with the command in one line."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (--help tells more)\n")
+
+
 def parser(doc):
     """An argument parser that shows a module's docstring."""
-    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    return Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def network_parser(doc):
@@ -96,6 +103,7 @@ def training_parser(doc, presets, model):
     p.add_argument("--batch", type=positive, help="crops per step, over all processes together")
     p.add_argument("--crop", type=positive, help="side of the square training crops, pixels")
     p.add_argument("--lr", type=float, help="peak learning rate")
+    p.set_defaults(seed=None, precision=None)  # filled in by `settle`, as every flag that a checkpoint remembers
     return p
 
 
@@ -106,14 +114,20 @@ def settle(args, presets, stage):
         checkpoint = load_checkpoint(path, stage)
     saved = checkpoint["args"] if checkpoint else {}
     args.preset = args.preset or saved.get("preset", "fast")
-    for name, value in presets[args.preset].items():
+    for name, value in {"seed": 0, "precision": "auto", **presets[args.preset]}.items():
         if getattr(args, name) is None:
             setattr(args, name, saved.get(name, value))
+    if args.crop < 16:
+        raise ValueError(f"--crop {args.crop} is too small: 16 pixels is the least")
+    if args.resume and not checkpoint:
+        print(f"{stage}: no {args.model} to resume; starting afresh", flush=True)
     return checkpoint
 
 
 def check_outputs(inputs, outputs):
     """Refuses, before any work is done, outputs that cannot be written or that would replace an input."""
+    if len({Path(out).resolve() for out in outputs}) < len(outputs):
+        raise ValueError(f"the outputs {', '.join(map(str, outputs))} need names of their own")
     for out in map(Path, outputs):
         if not out.parent.is_dir():
             raise ValueError(f"the folder of {out} does not exist")
@@ -132,6 +146,8 @@ def device(name="auto"):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if torch.device(name) == torch.device("cuda"):  # each process of torchrun has a card of its own
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
@@ -164,7 +180,7 @@ def processes():
     """(rank, number) of the processes started by torchrun; (0, 1) without it. Sets up torch.distributed once."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group()  # NCCL for tensors on CUDA, gloo for those on the CPU
     return (dist.get_rank(), world) if world > 1 else (0, 1)
 
 
@@ -206,7 +222,9 @@ def load_checkpoint(path, stage=None):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"checkpoint {path} does not exist") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds on files that are not its own
         raise ValueError(
             f"{path} is not a whole checkpoint of plain types, and was not loaded: {error}"[:200]
         ) from None
@@ -257,7 +275,7 @@ class Training:
         stage: name written into the checkpoint. args: settled flags (seed, steps, stop_at, model, ...).
         checkpoint: what `settle` returned, or None to start afresh.
         model, optimizer, scheduler, ema: the run's state. model_args: rebuild the network as network(**model_args).
-        extra: plain values that prediction needs besides. inputs: fingerprints of the data.
+        extra: plain values that prediction needs besides. inputs: {flag: {volume name: fingerprint}} of the data.
     Attributes: net (the model, wrapped for several processes), rank, world.
     """
 
@@ -265,11 +283,11 @@ class Training:
         self.stage, self.args, self.model, self.ema = stage, args, model, ema
         self.optimizer, self.scheduler, self.start, self.loss, self.losses = optimizer, scheduler, 0, None, []
         self.fixed = dict(stage=stage, model_args=model_args, extra=extra or {}, inputs=inputs or {})
+        self.rank, self.world = processes()
         if checkpoint:
-            if checkpoint["inputs"] != self.fixed["inputs"]:
-                raise ValueError(
-                    f"{args.model} was trained on {checkpoint['inputs']}, not on {inputs}: it cannot resume"
-                )
+            changed = [name for name, marks in (inputs or {}).items() if checkpoint["inputs"].get(name) != marks]
+            if changed:
+                raise ValueError(f"{args.model} was trained with other data as --{changed[0]}: it cannot resume")
             if checkpoint["step"] > args.steps:
                 raise ValueError(f"{args.model} is at step {checkpoint['step']} already, past --steps {args.steps}")
             self.start = checkpoint["step"]
@@ -278,16 +296,27 @@ class Training:
             ema.n_averaged.fill_(self.start)
             optimizer.load_state_dict(checkpoint["optimizer"])
             scheduler.load_state_dict(checkpoint["scheduler"])
-        else:
+            scheduler.base_lrs = [args.lr]  # --lr and --steps may be new
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * scheduler.lr_lambdas[0](self.start)
+        elif self.rank == 0:
             part(args.model).unlink(missing_ok=True)  # of an earlier run, which this one does not continue
-        self.rank, self.world = processes()
         if args.batch % self.world:
             raise ValueError(f"--batch {args.batch} cannot be shared by {self.world} processes")
         self.net = torch.nn.parallel.DistributedDataParallel(model) if self.world > 1 else model
 
     def report(self, loss):
         """Takes the loss of this step (a scalar tensor); read only when it is shown."""
-        self.losses.append(loss.detach())
+        if self.rank == 0:
+            self.losses.append(loss.detach())
+
+    def agree(self, stop):
+        """Whether any of the processes wants to stop: they must all leave after the same step."""
+        if self.world == 1:
+            return stop
+        flag = torch.tensor(float(stop), device=next(self.model.parameters()).device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     def save(self, path, step):
         state = dict(
@@ -314,11 +343,12 @@ class Training:
         try:
             path = Path(args.model).with_suffix(".jsonl") if main else os.devnull
             with open(path, "a" if self.start else "w") as log:
-                while step < stop and not signalled:
+                last = step >= stop
+                while not last:
                     yield step
                     step += 1
                     bar.update()
-                    now, last = time.monotonic(), step == stop or bool(signalled)
+                    now, last = time.monotonic(), self.agree(bool(signalled)) or step >= stop
                     if main and (now - logged > LOG_EVERY or last):
                         self.loss = torch.stack(self.losses).mean().item()
                         if not np.isfinite(self.loss):
@@ -347,4 +377,4 @@ class Training:
         if step < args.steps:
             if main:
                 print(f"{self.stage}: left off at step {step} of {args.steps}; go on with --resume", flush=True)
-            sys.exit(130 if signalled else 0)
+            sys.exit(130 if step < stop else 0)

@@ -93,7 +93,9 @@ def predict(args):
     timesteps(len(abar), steps)
     condition = data.read_volumes(args.cond, "pred", args.split)
     attrs, volumes = data.read_attrs(args.cond)
-    changed = [n for n, a in volumes.items() if state["inputs"].get(n, a.get("fingerprint")) != a.get("fingerprint")]
+    changed = [
+        n for n, a in volumes.items() if state["inputs"]["data"].get(n, a.get("fingerprint")) != a.get("fingerprint")
+    ]
     if changed:
         print(
             f"srds: note: {args.model} was trained on other data than volume {changed[0]!r} of {args.cond}", flush=True

@@ -27,7 +27,7 @@ def test_contract(made):
         attrs, volumes = data.read_attrs(made / name)
         assert attrs["format"] == "diffdenoise" and attrs["kind"] == "prediction" and attrs["stage"] == stage
         assert stage == "nlm" or {"seed", "batch"} <= attrs["args"].keys()
-        assert data.fingerprints(made / name) == marks
+        assert data.fingerprints(made / name) == marks and list(attrs["inputs"]) == ["knee.h5"]
         assert {n: v["split"] for n, v in volumes.items()} == {"v0": "train", "v1": "test"}
         for volume, pred in data.read_volumes(made / name, "pred").items():
             assert pred.shape == dataset[volume].shape and pred.dtype == np.float32
@@ -128,6 +128,11 @@ def test_built_in_brain():
     assert ((brain.slices > 25).mean((1, 2)) > 0.1).all()
 
 
+def test_split_shares():
+    assert data.blocks(15, [0, 0.5, 0.5]) == [("val", 0, 8), ("test", 8, 15)]
+    assert data.blocks(15, [1.0, 0, 0]) == [("train", 0, 15)]
+
+
 def test_patches_are_the_centred_grid():
     image = np.arange(320 * 320, dtype=np.float32).reshape(1, 320, 320)
     assert np.array_equal(data.patches(image, 300)[0], image[0, 10:310, 10:310])  # fastMRI: the centre crop
@@ -213,7 +218,7 @@ def other(made, tmp_path):
         (
             "diffusion",
             ["--data", "other.h5", "--cond", "bsn_out.h5"],
-            "bsn_out.h5 was not made from other.h5: volume 'v0'",
+            "bsn_out.h5 was not made from other.h5 but from knee.h5: volume 'v0'",
         ),
         (
             "diffusion",
@@ -238,11 +243,25 @@ def other(made, tmp_path):
             "is not positive",
         ),
         ("data", ["import", "empty", "--out", "n.h5"], "holds no DICOM"),
+        ("data", ["import", "colour.tif", "--out", "n.h5"], "is a colour image"),
+        ("data", ["import", "hollow.npy", "--out", "n.h5"], "cannot be read as .npy"),
+        ("diffusion", ["--data", "knee.h5", "--cond", "nan.h5"], "'pred' holds 40 values that are NaN or infinite"),
+        ("noise", ["add", "--data", "bsn_out.h5", "--level", "0.1", "--out", "n.h5"], "has no 'noisy', only ['pred']"),
+        ("bsn", ["--data", "knee.h5", "--blind-spot", "3"], "invalid choice"),
+        ("bsn", ["--data", "knee.h5", "--crop", "8"], "--crop 8 is too small"),
+        ("bsn", ["--data", "knee.h5", "--width", "15"], "width 15 is odd"),
+        ("bsn", ["--data", "knee.h5", "--model", "same", "--out", "same"], "need names of their own"),
+        ("bsn", ["--data", "knee.h5", "--predict", "--out", "bsn.pt"], "would replace the input bsn.pt"),
+        ("evaluate", ["--data", "knee.h5", "--pred", "bsn_out.h5", "bsn_out.h5"], "two methods are named 'bsn'"),
         ("data", ["import", "knee.h5", "--out", "n.h5"], "not a DICOM"),
     ],
 )
 def test_wrong_use_is_refused(other, script, flags, says):
     (other / "empty").mkdir()
+    skimage.io.imsave(other / "colour.tif", np.random.default_rng(0).integers(0, 255, (20, 24, 3)).astype(np.uint8))
+    (other / "hollow.npy").write_bytes(b"")
+    (other / "nan.h5").write_bytes((other / "bsn_out.h5").read_bytes())
+    edit(other / "nan.h5", lambda f: f["volumes/v0/pred"].__setitem__((0, 3), np.nan))
     (other / "half.pt").write_bytes((other / "bsn.pt").read_bytes()[:2000])
     (other / "code.pt").write_bytes(b"cposix\nsystem\n(S'touch hacked'\ntR.")  # a pickle that would run a command
     before = {p.name for p in other.iterdir()}

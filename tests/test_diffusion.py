@@ -2,6 +2,7 @@
 
 import math
 
+import diffusers
 import pytest
 import torch
 
@@ -11,7 +12,6 @@ from diffusion import UNet, alpha_bar, diffusion_loss, eps_model
 
 @pytest.mark.parametrize("T", [50, 1000])
 def test_schedule_agrees_with_diffusers(T):
-    diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DDIMScheduler(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2").alphas_cumprod
     torch.testing.assert_close(alpha_bar(T, least=0).float(), theirs, rtol=1e-5, atol=1e-7)
 
@@ -69,7 +69,7 @@ def test_published_sizes():
     "kw",
     [
         dict(width=8, mult=(1, 2), blocks=1, attention=(), patch=2, groups=0),
-        dict(width=8, mult=(1, 2, 2), blocks=1, attention=(2,), patch=1, groups=4),
+        dict(width=8, mult=(1, 2, 2, 2, 2, 2), blocks=1, attention=(5,), patch=1, groups=4),
     ],
 )
 def test_any_size_from_16(kw):
@@ -77,7 +77,7 @@ def test_any_size_from_16(kw):
     net = UNet(**kw)
     for p in net.parameters():  # layers that start at zero would hide what the network looks at
         p.data += 0.1 * torch.randn_like(p)
-    for h, w in [(16, 16), (37, 53)]:
+    for h, w in [(16, 16), (17, 16), (37, 53)]:
         x, t = torch.randn(2, 1, h, w), torch.tensor([10, 900])
         out = net(x, x, t)
         assert out.shape == x.shape

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TINY, ok
+from conftest import TINY, make_dataset, ok, run
 
 import data
 from distill import NAFNet, local_mean, psnr_loss
@@ -15,14 +15,23 @@ def test_published_size():
         assert sum(p.numel() for p in NAFNet().parameters()) == 29_158_561
 
 
-def test_starts_as_the_identity_plus_its_outro_and_takes_any_size():
+@pytest.mark.parametrize("h, w", [(16, 16), (37, 53), (300, 300)])
+def test_residual_and_any_size(h, w):
+    """Blocks start as the identity (beta = gamma = 0); the output is the input plus the outro; any size fits."""
     torch.manual_seed(0)
     net = NAFNet(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1))
-    torch.nn.init.zeros_(net.outro.weight)
-    torch.nn.init.zeros_(net.outro.bias)
-    for h, w in [(16, 16), (37, 53), (300, 300)]:
-        y = torch.rand(1, 1, h, w)
-        assert torch.equal(net(y), y)
+    x, y = torch.randn(1, 8, 16, 16), torch.rand(1, 1, h, w)
+    assert torch.equal(net.middle[0](x.repeat(1, 4, 1, 1)), x.repeat(1, 4, 1, 1))
+    correction = net(y) - y
+    assert correction.shape == y.shape and correction.abs().max() > 1e-3
+    net.outro.weight.data.zero_()
+    net.outro.bias.data.fill_(0.25)
+    torch.testing.assert_close(net(y), y + 0.25)
+
+
+def test_levels_must_match():
+    with pytest.raises(ValueError, match="number of levels"):
+        NAFNet(width=8, enc_blocks=(1, 1), dec_blocks=(1,))
 
 
 @pytest.mark.parametrize("h, w, window", [(20, 30, 7), (9, 30, 16), (30, 9, 8), (12, 12, 11)])
@@ -61,19 +70,11 @@ def test_psnr_loss():
     assert psnr_loss(x + 6 / 255, x).item() == pytest.approx(-32.57, abs=0.01)
 
 
-def test_supervised_needs_clean_and_others_never_open_it(made):
-    """--target clean is the one run that may use clean images."""
-    ok(
-        "distill",
-        "--data",
-        "knee.h5",
-        "--target",
-        "clean",
-        *TINY["distill"],
-        "--model",
-        "sup.pt",
-        "--out",
-        "sup.h5",
-        cwd=made,
-    )
+def test_supervised_needs_clean(made, tmp_path):
+    """--target clean is the one run that opens clean images: it learns from them, and stops where there are none."""
+    flags = ["--data", "knee.h5", "--target", "clean", *TINY["distill"], "--model", "sup.pt", "--out", "sup.h5"]
+    ok("distill", *flags, cwd=made)
     assert set(data.read_volumes(made / "sup.h5", "pred")) == {"v0", "v1"}
+    make_dataset(tmp_path / "knee.h5", clean=False)
+    done = run("distill", *flags, cwd=tmp_path)
+    assert done.returncode == 2 and "has no 'clean'" in done.stderr

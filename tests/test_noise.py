@@ -83,6 +83,12 @@ def test_one_stored_realisation(tmp_path):
     assert data.read_attrs(tmp_path / "a.h5")[0]["noise"] == {"kind": "poisson", "level": 200.0, "correlation": 0}
 
 
+def test_black_slice_stays_black():
+    """No photons, no noise: Poisson and Gamma noise of zeros is zero, correlated too, and never NaN."""
+    for kind in ("poisson", "gamma"):
+        assert not noise.add(np.zeros((32, 32)), kind, 100, 1.2, np.random.default_rng(0)).any()
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="at least 0"):
         noise.add(np.full((8, 8), -0.1), "poisson", 200)

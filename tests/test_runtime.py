@@ -6,10 +6,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, make_dataset, ok, run
 
+import data
 import runtime
 
 STAGES = {
@@ -35,15 +37,19 @@ def weights(path):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_and_two_steps_are_four(folder, stage):
-    """Bit for bit: weights, EMA, learning rate and predictions. No flag but --resume is repeated for the network."""
+    """Bit for bit: weights, EMA, learning rate and predictions. No flag but the inputs is repeated to resume."""
     model, inputs = STAGES[stage]
-    ok(stage, *inputs, *TINY[stage], "--model", "four.pt", *out(stage, "four.h5"), cwd=folder)
-    ok(stage, *inputs, *TINY[stage], "--model", model, "--stop-at", 2, *out(stage, "two.h5"), cwd=folder)
+    flags = [*inputs, *TINY[stage], "--seed", 7]
+    ok(stage, *flags, "--model", "four.pt", *out(stage, "four.h5"), cwd=folder)
+    ok(stage, *flags, "--model", model, "--stop-at", 2, *out(stage, "two.h5"), cwd=folder)
     assert not (folder / model).exists() and (folder / f"{model}.part").exists() and not (folder / "two.h5").exists()
     ok(stage, *inputs, "--model", model, "--resume", *out(stage, "two.h5"), cwd=folder)
     assert not (folder / f"{model}.part").exists()
     a, b = weights(folder / "four.pt"), weights(folder / model)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
+    if stage != "diffusion":
+        four, two = (data.read_volumes(folder / name, "pred") for name in ("four.h5", "two.h5"))
+        assert all(np.array_equal(four[name], two[name]) for name in four)
 
 
 def out(stage, name):
@@ -82,6 +88,7 @@ def test_terminated_and_resumed(folder):
         [sys.executable, str(ROOT / "bsn.py"), *map(str, flags)], cwd=folder, stdout=subprocess.PIPE, text=True
     )
     while not (folder / "bsn.jsonl").exists():  # made when the loop begins
+        assert process.poll() is None
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGTERM)
@@ -92,11 +99,26 @@ def test_terminated_and_resumed(folder):
     assert torch.load(folder / "bsn.pt", weights_only=True)["step"] == step + 2
 
 
-def test_resume_on_other_data_is_refused(folder):
-    ok("bsn", "--data", "knee.h5", *TINY["bsn"], cwd=folder)
+def test_resume_with_other_inputs_is_refused(folder, made):
+    """Other noisy images, another target, another stage's checkpoint: each has its line."""
+    for name in ("bsn.pt", "student.pt", "srds_out.h5"):
+        (folder / name).write_bytes((made / name).read_bytes())
     make_dataset(folder / "other.h5", seed=5)
-    done = run("bsn", "--data", "other.h5", "--resume", "--steps", 6, cwd=folder)
-    assert done.returncode == 2 and "cannot resume" in done.stderr
+    for stage, flags, says in [
+        ("bsn", ["--data", "other.h5"], "bsn.pt was trained with other data as --data: it cannot resume"),
+        ("distill", STAGES["distill"][1], "student.pt was trained with other data as --target: it cannot resume"),
+        ("bsn", ["--data", "knee.h5", "--model", "student.pt"], "student.pt is a checkpoint of distill, not of bsn"),
+    ]:
+        done = run(stage, *flags, "--resume", "--steps", 6, cwd=folder)
+        assert done.returncode == 2 and says in done.stderr, done.stderr
+
+
+def test_new_learning_rate_on_resume(folder):
+    """Any flag given overrides the checkpoint's."""
+    ok("bsn", "--data", "knee.h5", *TINY["bsn"], "--stop-at", 2, cwd=folder)
+    ok("bsn", "--data", "knee.h5", "--resume", "--lr", 1e-7, cwd=folder)
+    state = torch.load(folder / "bsn.pt", weights_only=True)
+    assert state["args"]["lr"] == 1e-7 and state["scheduler"]["base_lrs"] == [1e-7] and state["args"]["batch"] == 2
 
 
 def test_checkpoint_is_plain_and_complete(made):
@@ -111,7 +133,7 @@ def test_step_rng_is_counted():
 
 
 def test_ema_follows_its_formula():
-    """decay = min(decay, (1+n)/(10+n)); after many updates a constant is reached exactly."""
+    """The decay is the smaller of the given one and (1+n)/(10+n)."""
     average, update = [torch.zeros(1)], runtime.ema_update(0.9)
     update(average, [torch.ones(1)], 1)
     assert average[0].item() == pytest.approx(1 - 2 / 11)
