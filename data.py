@@ -276,7 +276,7 @@ def blocks(count, shares):
     """
     val, test = at_least_one(count, shares)
     test = test if shares[0] else count - val
-    first = (count - val - test) // 2
+    first = (count - val - test) // 2 if val + test else 0
     edges = [("train", 0, first), ("val", first, first + val), ("test", first + val, first + val + test)]
     return [b for b in [*edges, ("train", first + val + test, count)] if b[1] < b[2]]
 

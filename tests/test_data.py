@@ -249,7 +249,7 @@ def other(made, tmp_path):
         ("noise", ["add", "--data", "bsn_out.h5", "--level", "0.1", "--out", "n.h5"], "has no 'noisy', only ['pred']"),
         ("bsn", ["--data", "knee.h5", "--blind-spot", "3"], "invalid choice"),
         ("bsn", ["--data", "knee.h5", "--crop", "8"], "--crop 8 is too small"),
-        ("bsn", ["--data", "knee.h5", "--width", "15"], "width 15 is odd"),
+        ("bsn", ["--data", "knee.h5", "--crop", "32", "--width", "15"], "width 15 is odd"),
         ("bsn", ["--data", "knee.h5", "--model", "same", "--out", "same"], "need names of their own"),
         ("bsn", ["--data", "knee.h5", "--predict", "--out", "bsn.pt"], "would replace the input bsn.pt"),
         ("evaluate", ["--data", "knee.h5", "--pred", "bsn_out.h5", "bsn_out.h5"], "two methods are named 'bsn'"),
