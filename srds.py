@@ -94,7 +94,9 @@ def predict(args):
     condition = data.read_volumes(args.cond, "pred", args.split)
     attrs, volumes = data.read_attrs(args.cond)
     changed = [
-        n for n, a in volumes.items() if state["inputs"]["data"].get(n, a.get("fingerprint")) != a.get("fingerprint")
+        n
+        for n, a in volumes.items()
+        if state["inputs"].get("data", {}).get(n, a.get("fingerprint")) != a.get("fingerprint")
     ]
     if changed:
         print(
