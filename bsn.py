@@ -253,14 +253,12 @@ def predict(args):
     """Writes the prediction for every volume of args.data, with the EMA weights of args.model, to args.out."""
     where = runtime.device(args.device)
     model, _ = runtime.restore(PUCA, args.model, "bsn", where)
-    noisy = data.read_volumes(args.data, "noisy")
-    with data.write_volumes(args.out, "prediction", "bsn", vars(args), like=args.data) as new_volume:
-        for name, volume in noisy.items():
-            (pred,) = new_volume(name, volume.shape, ["pred"])
-            for rows, y in data.batches(volume, 4):
-                with runtime.autocast(where, args.precision):
-                    pred[rows] = model(y.to(where, memory_format=torch.channels_last))[:, 0].float().cpu()
-    print(f"bsn: {len(noisy)} volumes -> {args.out}", flush=True)
+
+    def denoise(y):
+        with runtime.autocast(where, args.precision):
+            return model(y.to(where, memory_format=torch.channels_last)).float().cpu()
+
+    data.predict_volumes(args, "bsn", denoise)
 
 
 # ---------------------------------------------------------------------------------------------------------------

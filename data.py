@@ -266,6 +266,20 @@ def batches(array, size):
         yield rows, torch.from_numpy(np.asarray(array[rows], np.float32)[:, None])
 
 
+def predict_volumes(args, stage, denoise):
+    """Writes denoise(y) for every slice of the dataset args.data to args.out.
+
+    denoise: any callable from noisy slices to denoised ones, tensors (b,1,H,W) on the CPU.
+    """
+    noisy = read_volumes(args.data)
+    with write_volumes(args.out, "prediction", stage, vars(args), like=args.data) as new_volume:
+        for name, volume in runtime.progress(noisy.items(), stage):
+            (pred,) = new_volume(name, volume.shape, ["pred"])
+            for rows, y in batches(volume, 4):
+                pred[rows] = denoise(y)[:, 0]
+    print(f"{stage}: {len(noisy)} volumes -> {args.out}", flush=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # command: import, show
 # ---------------------------------------------------------------------------------------------------------------

@@ -198,14 +198,12 @@ def predict(args):
     where = runtime.device(args.device)
     model, state = runtime.restore(NAFNet, args.model, "distill", where)
     model.pool_locally(state["extra"]["crop"])
-    noisy = data.read_volumes(args.data, "noisy")
-    with data.write_volumes(args.out, "prediction", "distill", vars(args), like=args.data) as new_volume:
-        for name, volume in noisy.items():
-            (pred,) = new_volume(name, volume.shape, ["pred"])
-            for rows, y in data.batches(volume, 4):
-                with runtime.autocast(where, args.precision):
-                    pred[rows] = model(y.to(where, memory_format=torch.channels_last))[:, 0].float().cpu()
-    print(f"distill: {len(noisy)} volumes -> {args.out}", flush=True)
+
+    def denoise(y):
+        with runtime.autocast(where, args.precision):
+            return model(y.to(where, memory_format=torch.channels_last)).float().cpu()
+
+    data.predict_volumes(args, "distill", denoise)
 
 
 # ---------------------------------------------------------------------------------------------------------------

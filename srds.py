@@ -74,9 +74,8 @@ def sample(eps_model, c, noise, abar, mode, pairs, steps):
     if mode == "single":
         return ddim(eps_model, noise(0), c, abar, steps), None
     if mode == "independent":
-        return ddim(eps_model, torch.cat([noise(0), noise(1)]), torch.cat([c, c]), abar, steps).view(2, *c.shape).mean(
-            0
-        ), None
+        one, other = ddim(eps_model, torch.cat([noise(0), noise(1)]), torch.cat([c, c]), abar, steps).chunk(2)
+        return (one + other) / 2, None
     means, halves = zip(*(srds(eps_model, c, noise(k), abar, steps) for k in range(pairs)))
     mean = torch.stack(means).mean(0)
     spread = torch.cat([torch.stack(means) - mean + s * torch.stack(halves) for s in (1, -1)])  # of all 2K samples
@@ -92,16 +91,10 @@ def predict(args):
     steps = args.steps or form["sampling_steps"]
     timesteps(len(abar), steps)
     condition = data.read_volumes(args.cond, "pred", args.split)
-    attrs, volumes = data.read_attrs(args.cond)
-    changed = [
-        n
-        for n, a in volumes.items()
-        if state["inputs"].get("data", {}).get(n, a.get("fingerprint")) != a.get("fingerprint")
-    ]
+    trained_on, given = state["inputs"].get("data", {}), data.fingerprints(args.cond)
+    changed = [name for name in given if given[name] != trained_on.get(name, given[name])]
     if changed:
-        print(
-            f"srds: note: {args.model} was trained on other data than volume {changed[0]!r} of {args.cond}", flush=True
-        )
+        print(f"srds: note: volume {changed[0]!r} of {args.cond} is not what {args.model} was trained on", flush=True)
     print(f"srds: EMA weights of {args.model}, step {state['step']}; {args.mode}, {steps} steps", flush=True)
     eps_model = diffusion.eps_model(network, abar, form["predict"])
     keys = ["pred", "std"] if args.mode == "pair" else ["pred"]
