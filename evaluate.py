@@ -104,7 +104,7 @@ def figure(dataset, preds, split, out):
     window = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
     top, left = np.unravel_index(window.argmax(), window.shape)
     fig, axes = plt.subplots(
-        3, len(images), figsize=(2.3 * len(images), 8), dpi=100, layout="constrained", squeeze=False
+        3, len(images), figsize=(2.3 * len(images), 8), dpi=80, layout="constrained", squeeze=False
     )
     for column, (title, image) in zip(axes.T, images.items()):
         score = "" if title == "clean" else "\n{:.2f} dB / {:.3f}".format(*psnr_ssim(image, x))
