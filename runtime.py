@@ -208,7 +208,7 @@ def part(path):
 @contextlib.contextmanager
 def whole(path):
     """Yields a temporary name beside `path`, which takes its place only if the block ends without error."""
-    temporary = Path(f"{path}.tmp{os.getpid()}")
+    temporary = Path(f"{path}.tmp")  # of a killed run, too: written over by the next
     try:
         yield temporary
         os.replace(temporary, path)
