@@ -152,7 +152,7 @@ def blind_spot_loss(prediction, y, kind="l2"):
     """Distance of a blind-spot prediction from the noisy image itself, both (B,C,H,W); a scalar.
 
     "l1" is PUCA's; "l2" has the conditional mean as its minimum. Errors count in tenths of the range: the squares of
-    numbers near 0.02 have gradients so small that Adam's epsilon, and a clipped norm, lose their meaning (-1 dB).
+    numbers near 0.02 have gradients so small that Adam's epsilon, and a clipped norm, lose their meaning.
     """
     error = 10 * (prediction - y)
     return error.abs().mean() if kind == "l1" else error.square().mean()

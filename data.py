@@ -226,7 +226,7 @@ def random_crops(stacks, batch, size, rng, rank=0, world=1):
     Args:
         stacks: list of {name: (S,H,W)} with equal shapes; the names of the first count. batch: crops in all.
         size: pixels. rng: numpy Generator. rank, world: take only every world-th crop of the batch.
-    Returns a list of float32 tensors (batch / world, 1, size, size), channels last. Every slice is equally likely.
+    Returns a list of float32 tensors (batch / world, 1, size, size). Every slice is equally likely.
 
     All indices are drawn at once; the pixels are copied once, from views: 0.08 ms for 8 crops of 96x96, where a gather
     by index arrays takes 1 ms. It serves arrays on disk as well.

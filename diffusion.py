@@ -22,7 +22,7 @@ abar[t] the *cumulative* product that Eq. 1 writes alpha_t. What is diffused is 
 For v and eps the network's output is v, and eps = sqrt(abar) v + sqrt(1-abar) x_t. Where abar is small, eps is all but
 x_t itself and X = (x_t - sqrt(1-abar) eps) / sqrt(abar) magnifies every error; taken from v, it does not. A network
 that gives eps directly must learn this by heart: after minutes of training its SRDS pair is 10 dB worse, or it has
-collapsed (README). For the same reason timesteps with sqrt(abar) below 0.02 are neither trained nor sampled.
+collapsed (results/forms.md). For the same reason timesteps with sqrt(abar) below 0.02 are neither trained nor sampled.
 
 Network and schedule after improved DDPM (Nichol & Dhariwal 2021). `--preset paper` has its widths, and diffuses the
 image with the loss of Eq. 2.

@@ -281,7 +281,7 @@ class Training:
 
     def __init__(self, stage, args, checkpoint, model, optimizer, scheduler, ema, model_args, extra=None, inputs=None):
         self.stage, self.args, self.model, self.ema = stage, args, model, ema
-        self.optimizer, self.scheduler, self.start, self.loss, self.losses = optimizer, scheduler, 0, None, []
+        self.optimizer, self.scheduler, self.start, self.losses = optimizer, scheduler, 0, []
         self.fixed = dict(stage=stage, model_args=model_args, extra=extra or {}, inputs=inputs or {})
         self.rank, self.world = processes()
         if checkpoint:
@@ -322,7 +322,7 @@ class Training:
         state = dict(
             self.fixed,
             step=step,
-            args={k: v for k, v in vars(self.args).items() if not callable(v)},
+            args=vars(self.args),
             model=self.model.state_dict(),
             ema=self.ema.module.state_dict(),
             optimizer=self.optimizer.state_dict(),
@@ -350,14 +350,12 @@ class Training:
                     bar.update()
                     now, last = time.monotonic(), self.agree(bool(signalled)) or step >= stop
                     if main and (now - logged > LOG_EVERY or last):
-                        self.loss = torch.stack(self.losses).mean().item()
-                        if not np.isfinite(self.loss):
-                            raise ValueError(f"the loss is {self.loss} at step {step}: try a lower --lr than {args.lr}")
-                        line = dict(
-                            stage=self.stage, step=step, loss=round(self.loss, 6), seconds=round(now - began, 1)
-                        )
+                        loss = torch.stack(self.losses).mean().item()
+                        if not np.isfinite(loss):
+                            raise ValueError(f"the loss is {loss} at step {step}: try a lower --lr than {args.lr}")
+                        line = dict(stage=self.stage, step=step, loss=round(loss, 6), seconds=round(now - began, 1))
                         print(json.dumps(line), file=log, flush=True)
-                        bar.set_postfix(loss=f"{self.loss:.4g}")
+                        bar.set_postfix(loss=f"{loss:.4g}")
                         self.losses, logged = [], now
                     if main and now - saved > SAVE_EVERY and not last:
                         self.save(part(args.model), step)
