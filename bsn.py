@@ -7,6 +7,8 @@ independent of the noise around it, the noise cannot be predicted, so that learn
 
     In    knee.h5      volumes/<name>/noisy  (S,H,W) float32, about [0,1], H and W >= 16
     Out   bsn_out.h5   volumes/<name>/pred   (S,H,W) float32, about [0,1]: the condition x_c
+                       volumes/<name>/std    with --loss nll: the deviation of y from pred that the network expects
+                       volumes/<name>/hidden (S,4,H,W) with --hidden: predictions for diffusion.py --condition hidden
           bsn.pt       checkpoint: weights, EMA, optimizer, step, model arguments
 
     python bsn.py --data knee.h5                           # trains bsn.pt, then writes bsn_out.h5
@@ -90,17 +92,27 @@ class PUCA(nn.Module):
         blind_spot: diameter of the hole in pixels: 1 (white noise), 5 or 9 (correlated noise).
         enc_blocks, middle_blocks, dec_blocks: blocks per level; each level halves the resolution.
         dense: DenseBlocks, and a tail that sees the masked convolution's features too, instead of PUCA's DABlocks.
-    Maps (B,C,H,W) to (B,C,H,W), any H and W >= 16. Source: Jang et al. 2023; the paper's Sec. 3.4.
+        deviation: predict the logarithm of the deviation of y, in tenths of the range, as C more channels.
+    Maps (B,C,H,W) to (B,C,H,W) or (B,2C,H,W), any H and W >= 16. Source: Jang et al. 2023; the paper's Sec. 3.4.
     """
 
     def __init__(
-        self, channels=1, width=128, blind_spot=1, enc_blocks=(3, 4), middle_blocks=4, dec_blocks=(4, 3), dense=False
+        self,
+        channels=1,
+        width=128,
+        blind_spot=1,
+        enc_blocks=(3, 4),
+        middle_blocks=4,
+        dec_blocks=(4, 3),
+        dense=False,
+        deviation=False,
     ):
         super().__init__()
         if width % 2:
             raise ValueError(f"width {width} is odd: every level takes half of it")
         if blind_spot not in (1, 5, 9):
             raise ValueError(f"blind_spot is 1, 5 or 9, not {blind_spot}")
+        outputs = channels * (1 + deviation)
         radius = (blind_spot - 1) // 2
         self.reach, self.stride = max(1, radius), 2 * max(1, radius)
         block = DenseBlock if dense else DABlock
@@ -109,7 +121,7 @@ class PUCA(nn.Module):
         conv1 = lambda c_in, c_out: nn.Conv2d(c_in, c_out, 1)  # noqa: E731
         if dense:
             self.blind = BlindSpotConv(channels, width, radius)
-            self.tail = nn.Sequential(conv1(2 * width, width), nn.ReLU(), conv1(width, channels))
+            self.tail = nn.Sequential(conv1(2 * width, width), nn.ReLU(), conv1(width, outputs))
         else:
             self.blind = nn.Sequential(
                 conv1(channels, width), BlindSpotConv(width, width, radius), conv1(width, width), conv1(width, width)
@@ -119,7 +131,7 @@ class PUCA(nn.Module):
                 conv1(width, width),
                 conv1(width, width // 2),
                 conv1(width // 2, width // 2),
-                conv1(width // 2, channels),
+                conv1(width // 2, outputs),
             )
         self.encoders = nn.ModuleList(stack(w, n) for w, n in zip(widths, enc_blocks))
         self.downs = nn.ModuleList(conv1(w, w // 2) for w in widths[:-1])
@@ -149,13 +161,34 @@ class PUCA(nn.Module):
 
 
 def blind_spot_loss(prediction, y, kind="l2"):
-    """Distance of a blind-spot prediction from the noisy image itself, both (B,C,H,W); a scalar.
+    """Distance of a blind-spot prediction from the noisy image y (B,C,H,W) itself; a scalar.
 
-    "l1" is PUCA's; "l2" has the conditional mean as its minimum. Errors count in tenths of the range: the squares of
-    numbers near 0.02 have gradients so small that Adam's epsilon, and a clipped norm, lose their meaning.
+    "l1" is PUCA's; "l2" has the conditional mean as its minimum; "nll", for predictions (B,2C,H,W) with a deviation, is
+    the Gaussian negative log-likelihood (Laine et al. 2019). Errors count in tenths of the range: squares of numbers
+    near 0.02 have gradients so small that Adam's epsilon, and a clipped norm, lose their meaning.
     """
+    if kind == "nll":
+        mean, log_deviation = prediction.chunk(2, dim=1)
+        return (0.5 * (10 * (mean - y)).square() * torch.exp(-2 * log_deviation) + log_deviation).mean()
     error = 10 * (prediction - y)
     return error.abs().mean() if kind == "l1" else error.square().mean()
+
+
+def hide(y, stride, row, column):
+    """y (B,C,H,W) with the pixels of one class, row and column modulo stride, replaced by their surroundings.
+
+    A replaced pixel is the mean of four others in its row and column, stride / 2 + 1 pixels away (1 for stride 2):
+    outside its blind spot.
+    """
+    h, w = y.shape[-2:]
+    away = max(1, stride // 2 + (stride > 2))
+    around = F.pad(y, 4 * (away,), mode="reflect")
+    inner_y, inner_x = slice(away, away + h), slice(away, away + w)
+    mean = around[..., :h, inner_x] + around[..., 2 * away :, inner_x]
+    mean = (mean + around[..., inner_y, :w] + around[..., inner_y, 2 * away :]) / 4
+    out = y.clone()
+    out[..., row::stride, column::stride] = mean[..., row::stride, column::stride]
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -163,6 +196,7 @@ def blind_spot_loss(prediction, y, kind="l2"):
 # ---------------------------------------------------------------------------------------------------------------
 import argparse
 
+import numpy as np
 from torch.optim.swa_utils import AveragedModel
 
 import data
@@ -217,6 +251,7 @@ def train(args, checkpoint=None):
             middle_blocks=args.middle_blocks,
             dec_blocks=args.enc_blocks[::-1],
             dense=args.dense,
+            deviation=args.loss == "nll",
         )
     )
     model = PUCA(**model_args).to(where, memory_format=torch.channels_last)
@@ -248,17 +283,40 @@ def train(args, checkpoint=None):
         run.report(loss)
 
 
+HIDDEN = 4  # classes of pixels hidden in turn in each slice: all of stride 2, a share of those of strides 4 and 8
+
+
+def hidden_offsets(rows, stride):
+    """Which classes, (row, column) modulo stride, are hidden in the slices `rows`: (4, slices, 2) integers."""
+    k = (np.arange(rows.start, rows.stop)[None] * HIDDEN + np.arange(HIDDEN)[:, None]) * 13 % stride**2
+    return np.stack([k // stride, k % stride], -1)
+
+
 @torch.inference_mode()
 def predict(args):
     """Writes the prediction for every volume of args.data, with the EMA weights of args.model, to args.out."""
     where = runtime.device(args.device)
     model, _ = runtime.restore(PUCA, args.model, "bsn", where)
 
+    deviation = model.tail[-1].out_channels == 2
+    stride = model.stride
+
     def denoise(y):
         with runtime.autocast(where, args.precision):
-            return model(y.to(where, memory_format=torch.channels_last)).float().cpu()
+            out = model(y.to(where, memory_format=torch.channels_last)).float().cpu()
+        return torch.cat([out[:, :1], out[:, 1:].exp() / 10], 1)
 
-    data.predict_volumes(args, "bsn", denoise)
+    def with_hidden(y, rows):
+        offsets = hidden_offsets(rows, stride)
+        hidden = [denoise(torch.cat([hide(one[None], stride, *at) for one, at in zip(y, k)]))[:, :1] for k in offsets]
+        return torch.cat([denoise(y), *hidden], 1)
+
+    keys = ["pred", "std"] if deviation else ["pred"]
+    if not args.hidden:
+        return data.predict_volumes(args, "bsn", lambda y, rows: denoise(y), keys)
+    offsets = lambda s: hidden_offsets(slice(0, s), stride).transpose(1, 0, 2)  # noqa: E731
+    attrs = lambda shape: dict(hidden_stride=stride, hidden_offsets=offsets(shape[0]))  # noqa: E731
+    data.predict_volumes(args, "bsn", with_hidden, [*keys, ("hidden", HIDDEN)], attrs)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -269,6 +327,9 @@ def main(argv=None):
     p.add_argument("--data", required=True, help="dataset (.h5)")
     p.add_argument("--out", default="bsn_out.h5", help="prediction to write (default bsn_out.h5)")
     p.add_argument("--predict", action="store_true", help="only predict, with the trained --model")
+    p.add_argument(
+        "--split", choices=(*data.SPLITS, "all"), default="all", help="predict only this split (default all)"
+    )
     p.add_argument(
         "--blind-spot",
         type=int,
@@ -281,7 +342,10 @@ def main(argv=None):
     )
     p.add_argument("--middle-blocks", type=runtime.positive, help="blocks at the lowest level")
     p.add_argument("--dense", action=argparse.BooleanOptionalAction, default=None, help="dense blocks, not PUCA's")
-    p.add_argument("--loss", choices=("l1", "l2"), help="between prediction and noisy pixel")
+    p.add_argument(
+        "--loss", choices=("l1", "l2", "nll"), help="between prediction and noisy pixel; nll also learns std"
+    )
+    p.add_argument("--hidden", action="store_true", help="also predict with pixels hidden in turn")
     p.add_argument("--beta2", type=float, help="AdamW's second decay")
     p.add_argument("--ema", type=float, help="decay per step of the averaged weights")
     args = p.parse_args(argv)

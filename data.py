@@ -90,7 +90,7 @@ def read_volumes(path, key="noisy", split=None, memory=IN_MEMORY, names=None):
         if key not in group:
             raise ValueError(f"{where} has no {key!r}, only {sorted(group) or 'nothing'}")
         array = group[key]
-        if array.ndim != 3 or 0 in array.shape or array.dtype.kind not in "uif":
+        if array.ndim != 3 + (key == "hidden") or 0 in array.shape or array.dtype.kind not in "uif":
             raise ValueError(f"{where}: {key!r} is {array.dtype} of shape {array.shape}, not (slices, height, width)")
         if key == "noisy" and min(array.shape[1:]) < 16:
             raise ValueError(f"{where}: slices of {array.shape[1]}x{array.shape[2]} pixels are smaller than 16x16")
@@ -167,7 +167,7 @@ def write_volumes(path, kind, stage, args=None, like=None, noise=None):
     """A new file of the contract, which takes its name only when the block ends without error.
 
     Yields `add(name, shape, keys, **attrs)`, which adds an empty volume and returns its datasets in the order of
-    `keys`, to be filled slice by slice.
+    `keys`, to be filled slice by slice; a key (name, n) makes n images of each slice, (S,n,H,W).
 
     Args:
         kind: "dataset" or "prediction". stage: the program that writes. args: its flags, with `seed`.
@@ -201,7 +201,12 @@ def write_volumes(path, kind, stage, args=None, like=None, noise=None):
             group = group_of_all.create_group(name)
             group.attrs.update({**volumes.get(name, {}), **attrs})
             chunks = (1, *(min(128, n) for n in shape[1:]))
-            return [group.create_dataset(key, shape, np.float32, chunks=chunks) for key in keys]
+            out = []
+            for key in keys:
+                key, channels = (key, ()) if isinstance(key, str) else (key[0], key[1:])
+                sizes, parts = (shape[0], *channels, *shape[1:]), (1, *(1 for _ in channels), *chunks[1:])
+                out.append(group.create_dataset(key, sizes, np.float32, chunks=parts))
+            return out
 
         yield add
 
@@ -266,17 +271,20 @@ def batches(array, size):
         yield rows, torch.from_numpy(np.asarray(array[rows], np.float32)[:, None])
 
 
-def predict_volumes(args, stage, denoise):
-    """Writes denoise(y) for every slice of the dataset args.data to args.out.
+def predict_volumes(args, stage, denoise, keys=("pred",), attrs=lambda shape: {}):
+    """Writes what `denoise` makes of every slice of the dataset args.data (of args.split, if not all) to args.out.
 
-    denoise: any callable from noisy slices to denoised ones, tensors (b,1,H,W) on the CPU.
+    denoise: callable (y (b,1,H,W) on the CPU, rows: slice of slice numbers) to (b,n,H,W): one image for each of `keys`
+    in order, all that is left for a last key (name, n). attrs: what to note of a volume, from its shape.
     """
-    noisy = read_volumes(args.data)
+    noisy = read_volumes(args.data, "noisy", args.split)
     with write_volumes(args.out, "prediction", stage, vars(args), like=args.data) as new_volume:
         for name, volume in runtime.progress(noisy.items(), stage):
-            (pred,) = new_volume(name, volume.shape, ["pred"])
+            arrays = new_volume(name, volume.shape, keys, **attrs(volume.shape))
             for rows, y in batches(volume, 4):
-                pred[rows] = denoise(y)[:, 0]
+                out = denoise(y, rows)
+                for k, array in enumerate(arrays):
+                    array[rows] = out[:, k] if array.ndim == 3 else out[:, k:]
     print(f"{stage}: {len(noisy)} volumes -> {args.out}", flush=True)
 
 

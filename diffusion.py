@@ -9,6 +9,7 @@ strong condition leaves little to model but detail and noise, and symmetric samp
 
     python diffusion.py --data knee.h5 --cond bsn_out.h5
     python diffusion.py --data knee.h5 --cond bsn_out.h5 --target image --predict eps     # the paper's form
+    python bsn.py --data knee.h5 --hidden; python diffusion.py --data knee.h5 --cond bsn_out.h5 --condition hidden
 
 Symbols: y the noisy image (the paper's x'), c the condition x_c, eps the noise, t = 0 ... T-1 the timestep,
 abar[t] the *cumulative* product that Eq. 1 writes alpha_t. What is diffused is X:
@@ -23,6 +24,15 @@ For v and eps the network's output is v, and eps = sqrt(abar) v + sqrt(1-abar) x
 x_t itself and X = (x_t - sqrt(1-abar) eps) / sqrt(abar) magnifies every error; taken from v, it does not. A network
 that gives eps directly must learn this by heart: after minutes of training its SRDS pair is 10 dB worse, or it has
 collapsed (results/forms.md). For the same reason timesteps with sqrt(abar) below 0.02 are neither trained nor sampled.
+
+The condition at the neighbours of a pixel has seen the noise of that pixel, and a network that looks at all of it can
+learn to find the noise there (leak). Beyond the paper, two ways not to let it:
+
+    --condition plain       x_c as it is: the paper (default)
+    --condition hidden      one class of pixels at a time is hidden from the blind-spot network, and the loss is on that
+                            class alone (needs bsn.py --hidden); sampling takes x_c as it is
+    --condition augmented   Gaussian noise of about the image's own level is added to x_c, in training and in sampling,
+                            where it is averaged over the pairs
 
 Network and schedule after improved DDPM (Nichol & Dhariwal 2021). `--preset paper` has its widths, and diffuses the
 image with the loss of Eq. 2.
@@ -166,17 +176,18 @@ def predicted_eps(out, x_t, a, predict):
     return out if predict == "eps-direct" else a.sqrt() * out + (1 - a).sqrt() * x_t
 
 
-def diffusion_loss(network, x0, c, abar, t, eps, predict="eps"):
+def diffusion_loss(network, x0, c, abar, t, eps, predict="eps", mask=None):
     """Eqs. 1-2: L1 distance between what the network predicts from x_t and what it should.
 
     Args: x0 (B,C,H,W) the clean end of the diffusion, X; c (B,C,H,W); abar (T,); t (B,) integers; eps like x0, standard
-    normal; predict: "eps" (Eq. 2), "eps-direct" or "v". Returns a scalar.
+    normal; predict: "eps" (Eq. 2), "eps-direct" or "v"; mask like x0: the pixels that count, 1, or not, 0. Returns a
+    scalar.
     """
     a = abar.to(x0.device, x0.dtype)[t].view(-1, 1, 1, 1)
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
     out = network(x_t, c, t).float()
     error = out - velocity(x0, eps, a) if predict == "v" else predicted_eps(out, x_t, a, predict) - eps
-    return error.abs().mean()
+    return error.abs().mean() if mask is None else (error.abs() * mask).sum() / mask.sum()
 
 
 def eps_model(network, abar, predict="eps"):
@@ -192,13 +203,17 @@ def eps_model(network, abar, predict="eps"):
 # ---------------------------------------------------------------------------------------------------------------
 # train
 # ---------------------------------------------------------------------------------------------------------------
+import numpy as np
 from torch.optim.swa_utils import AveragedModel
 
 import data
+import noise
 import runtime
 
 PRESETS = {
     "fast": dict(
+        condition="plain",
+        augment=1.0,
         target="residual",
         predict="v",
         width=32,
@@ -217,6 +232,8 @@ PRESETS = {
     ),
     # Widths, schedule, optimizer and EMA of improved DDPM at 256 pixels; the paper gives "200 epochs".
     "paper": dict(
+        condition="plain",
+        augment=1.0,
         target="image",
         predict="eps",
         width=128,
@@ -256,6 +273,22 @@ def unit(form):
     return 0.5 if form["target"] == "image" else form["std"]
 
 
+def read_hidden(path, names):
+    """What bsn.py --hidden wrote: for each of its classes, ({name: prediction}, {name: 1 where hidden, else 0})."""
+    hidden = data.read_volumes(path, "hidden", names=names)
+    attrs = data.read_attrs(path)[1]
+    masks = {}
+    for name, array in hidden.items():
+        slices, classes, h, w = array.shape
+        masks[name] = np.zeros((slices, classes, h, w), np.uint8)
+        stride, offsets = int(attrs[name]["hidden_stride"]), attrs[name]["hidden_offsets"]
+        for s, k in np.ndindex(slices, classes):
+            row, column = offsets[s, k]
+            masks[name][s, k, row::stride, column::stride] = 1
+    classes = min(array.shape[1] for array in hidden.values())
+    return [[{name: a[:, k] for name, a in those.items()} for those in (hidden, masks)] for k in range(classes)]
+
+
 def train(args, checkpoint=None):
     """Trains on the noisy images of the train split and their conditions; writes args.model."""
     where = runtime.device(args.device)
@@ -274,7 +307,14 @@ def train(args, checkpoint=None):
             T=args.T,
             std=data.rms_difference(y_all, c_all),
             sampling_steps=args.sampling_steps,
+            augment=0.0,
         )
+        if args.condition == "augmented":
+            model_of_noise = noise.given(args.noise, args.data, args.cond)
+            variances = [noise.variance(model_of_noise, c[s]).mean() for c in c_all.values() for s in range(len(c))]
+            form["augment"] = args.augment * float(np.mean(variances)) ** 0.5
+            print(f"diffusion: noise of {form['augment']:.4f} is added to the condition", flush=True)
+    hidden = read_hidden(args.cond, list(c_all)) if args.condition == "hidden" else None
     torch.manual_seed(args.seed)
     model = UNet(**model_args).to(where, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
@@ -284,13 +324,18 @@ def train(args, checkpoint=None):
     run = runtime.Training("diffusion", args, checkpoint, model, optimizer, scheduler, ema, model_args, form, inputs)
     for step in run.steps():
         rng = runtime.step_rng(args.seed, step)
-        y, c = data.random_crops([y_all, c_all], args.batch, args.crop, rng, run.rank, run.world)
+        stacks = [y_all, c_all, *(hidden[rng.integers(len(hidden))] if hidden else [])]
+        y, c, *more = data.random_crops(stacks, args.batch, args.crop, rng, run.rank, run.world)
         t = torch.from_numpy(rng.integers(len(abar), size=args.batch)[run.rank :: run.world])
         eps = runtime.gaussian(rng, args.batch, *y.shape[1:])[run.rank :: run.world]
-        y, c, t, eps = (z.to(where) for z in (y, c, t, eps))
+        c, mask = more if hidden else (c, None)
+        x0 = to_x(y, c, form)
+        if form["augment"]:
+            c = c + form["augment"] * runtime.gaussian(rng, args.batch, *y.shape[1:])[run.rank :: run.world]
+        x0, c, t, eps, mask = (z if z is None else z.to(where) for z in (x0, c, t, eps, mask))
         optimizer.zero_grad(set_to_none=True)
         with runtime.autocast(where, args.precision):
-            loss = diffusion_loss(run.net, to_x(y, c, form), scaled(c), abar, t, eps, form["predict"])
+            loss = diffusion_loss(run.net, x0, scaled(c), abar, t, eps, form["predict"], mask)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -306,6 +351,11 @@ def main(argv=None):
     p = runtime.training_parser(__doc__, PRESETS, "diffusion.pt")
     p.add_argument("--data", required=True, help="dataset (.h5)")
     p.add_argument("--cond", required=True, help="prediction file (.h5) made from it: the condition x_c")
+    p.add_argument("--condition", choices=("plain", "hidden", "augmented"), help="see above (default plain)")
+    p.add_argument("--augment", type=float, help="added noise, in deviations of the image's own (default 1)")
+    p.add_argument(
+        "--noise", default="measured", help="with --condition augmented, as in posterior.py (default measured)"
+    )
     p.add_argument("--target", choices=("image", "residual"), help="what is diffused: y or (y - x_c) / std")
     p.add_argument("--predict", choices=("eps", "eps-direct", "v"), help="what the loss is on; see above")
     p.add_argument("--width", type=runtime.positive, help="features at the first level")

@@ -1,4 +1,10 @@
-"""Stage 5: knowledge distillation (Sec. 3.6): a plain network from noisy to denoised image, the one that is shipped.
+"""Stage 5: the student (Sec. 3.6): a plain network from noisy to denoised image, the one that is shipped.
+
+It learns from any prediction (knowledge distillation) or, beyond the paper, from noisy images and a noise model alone:
+
+    --target FILE          distance to the prediction: the paper's way with srds_out.h5
+    --target recorrupted   distance to the clean image, estimated without it by recorruption (`recorruption_loss`)
+    --target clean         distance to the clean image: the supervised upper bound
 
     In    knee.h5         volumes/<name>/noisy  (S,H,W) float32, about [0,1]
           srds_out.h5     volumes/<name>/pred   (S,H,W) float32; any prediction file made from knee.h5
@@ -7,7 +13,8 @@
 
     python distill.py --data knee.h5 --target srds_out.h5                      # trains student.pt, then predicts
     python distill.py --data new.h5 --predict --model student.pt --out new_out.h5
-    python distill.py --data knee.h5 --target clean --model supervised.pt      # the supervised upper bound
+    python distill.py --data knee.h5 --target recorrupted --pred bsn_out.h5    # noise measured with the help of --pred
+    python distill.py --data knee.h5 --target recorrupted --init student.pt --model refined.pt --out refined_out.h5
 
 Symbols: y the noisy image (the paper's x'), target the SRDS mean (Eq. 4). The network is NAFNet (Chen et al. 2022), the
 paper's choice; `--preset paper` has its widths, depths, loss and optimizer for SIDD. It is deterministic. Its channel
@@ -109,25 +116,55 @@ class NAFNet(nn.Module):
         return y + self.outro(x)[..., :h, :w]
 
 
+def mse_loss(x, target):
+    """Mean square error in tenths of the range; (B,C,H,W) to a scalar of order 1 (see bsn.blind_spot_loss)."""
+    return (10 * (x - target)).square().mean()
+
+
 def psnr_loss(x, target):
     """Minus the mean PSNR in dB of a batch, range 1 (Chen et al. 2022). x, target (B,C,H,W); returns a scalar."""
     return 10 * torch.log10((x - target).square().mean((1, 2, 3)) + 1e-8).mean()
 
 
+def recorruption_loss(network, y, z, strength=0.3):
+    """Mean square error of network(y) against the *clean* image, in tenths of the range, up to a constant.
+
+    Args: y (B,C,H,W) noisy images; z like y: fresh noise of the same distribution as theirs; strength a.
+
+    Recorruption (Pang et al. 2021): the noises of y + a z and y - z / a are uncorrelated, so that learning the second
+    from the first is learning the clean image. Here each z is used with both signs, and what does not depend on the
+    network is left out:
+
+        mean of |f(y + az) - y|^2 and |f(y - az) - y|^2, plus z * (f(y + az) - f(y - az)) / a
+
+    The large terms in 1/a cancel, so that a can be small and f sees nearly the noise that it will see in use; for a
+    to 0 this is Stein's unbiased risk estimate (SURE). Two evaluations of the network per image.
+    """
+    plus, minus = network(torch.cat([y + strength * z, y - strength * z])).float().chunk(2)
+    correction = (z * (plus - minus)).mean() * (100 / strength)
+    return (mse_loss(plus, y) + mse_loss(minus, y)) / 2 + correction
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # train and predict
 # ---------------------------------------------------------------------------------------------------------------
+import numpy as np
+from scipy.ndimage import gaussian_filter
 from torch.optim.swa_utils import AveragedModel
 
 import data
+import noise
 import runtime
 
+LOSSES = {"mse": mse_loss, "psnr": psnr_loss}
 PRESETS = {
     "fast": dict(
         width=16,
         enc_blocks=[1, 1, 2],
         middle_blocks=2,
         dec_blocks=[1, 1, 1],
+        loss="mse",
+        strength=0.3,
         beta2=0.99,
         clip=1.0,
         steps=1500,
@@ -142,6 +179,8 @@ PRESETS = {
         enc_blocks=[2, 2, 4, 8],
         middle_blocks=12,
         dec_blocks=[2, 2, 2, 2],
+        loss="psnr",
+        strength=0.3,
         beta2=0.9,
         clip=0.01,
         steps=200_000,
@@ -157,12 +196,20 @@ def train(args, checkpoint=None):
     """Trains noisy -> target on the train split; `clean` is opened only for --target clean. Writes args.model."""
     where = runtime.device(args.device)
     noisy = data.read_volumes(args.data, "noisy", "train")
-    if args.target == "clean":
+    inputs = dict(data=data.fingerprints(args.data))
+    stacks, model_of_noise = [noisy], None
+    if args.target == "recorrupted":
+        model_of_noise = checkpoint["extra"]["noise"] if checkpoint else noise.given(args.noise, args.data, args.pred)
+        print(f"distill: {noise.summary(model_of_noise)}", flush=True)
+        target = data.read_matching(args.pred, args.data, split="train") if args.pred else None
+    elif args.target == "clean":
         target = data.read_volumes(args.data, "clean", "train")
     else:
         target = data.read_matching(args.target, args.data, split="train")
-    inputs = dict(data=data.fingerprints(args.data), target={n: data.fingerprint(x) for n, x in target.items()})
-    noisy = {name: noisy[name] for name in target}
+    if target:
+        inputs["target"] = {n: data.fingerprint(x) for n, x in target.items()}
+        noisy = {name: noisy[name] for name in target}
+        stacks = [noisy, target]
     data.check_crop(noisy, args.crop)
     model_args = (
         checkpoint["model_args"]
@@ -170,20 +217,41 @@ def train(args, checkpoint=None):
         else {k: getattr(args, k) for k in ("width", "enc_blocks", "middle_blocks", "dec_blocks")}
     )
     torch.manual_seed(args.seed)
-    model = NAFNet(**model_args).to(where, memory_format=torch.channels_last)
+    model = NAFNet(**model_args)
+    if args.init and not checkpoint:
+        started, state = runtime.restore(NAFNet, args.init, "distill", "cpu")
+        model, model_args = started.train(), state["model_args"]
+    model = model.to(where, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2), weight_decay=0)
     scheduler = runtime.warmup_cosine(optimizer, args.steps)
     ema = AveragedModel(model, multi_avg_fn=runtime.ema_update(args.ema))
     run = runtime.Training(
-        "distill", args, checkpoint, model, optimizer, scheduler, ema, model_args, dict(crop=args.crop), inputs
+        "distill",
+        args,
+        checkpoint,
+        model,
+        optimizer,
+        scheduler,
+        ema,
+        model_args,
+        dict(crop=args.crop, noise=model_of_noise),
+        inputs,
     )
     for step in run.steps():
         rng = runtime.step_rng(args.seed, step)
-        y, x = data.random_crops([noisy, target], args.batch, args.crop, rng, run.rank, run.world)
-        y, x = (z.to(where, memory_format=torch.channels_last) for z in (y, x))
+        y, *more = data.random_crops(stacks, args.batch, args.crop, rng, run.rank, run.world)
+        if model_of_noise:  # intensities of the clean image: a prediction's, or else a smoothed noisy image's
+            means = more[0].numpy() if more else gaussian_filter(y.numpy(), (0, 0, 1.5, 1.5))
+            mine = range(run.rank, args.batch, run.world)
+            z = [noise.sample(model_of_noise, m, runtime.step_rng(args.seed, step, j)) for j, m in zip(mine, means)]
+            more = [torch.from_numpy(np.stack(z))]
+        y, x = (z.to(where, memory_format=torch.channels_last) for z in (y, *more))
         optimizer.zero_grad(set_to_none=True)
         with runtime.autocast(where, args.precision):
-            loss = psnr_loss(run.net(y).float(), x)
+            if model_of_noise:
+                loss = recorruption_loss(run.net, y, x, args.strength)
+            else:
+                loss = LOSSES[args.loss](run.net(y).float(), x)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
@@ -199,7 +267,7 @@ def predict(args):
     model, state = runtime.restore(NAFNet, args.model, "distill", where)
     model.pool_locally(state["extra"]["crop"])
 
-    def denoise(y):
+    def denoise(y, rows):
         with runtime.autocast(where, args.precision):
             return model(y.to(where, memory_format=torch.channels_last)).float().cpu()
 
@@ -212,9 +280,19 @@ def predict(args):
 def main(argv=None):
     p = runtime.training_parser(__doc__, PRESETS, "student.pt")
     p.add_argument("--data", required=True, help="dataset (.h5)")
-    p.add_argument("--target", help="prediction file (.h5) to learn from, or `clean`: the supervised upper bound")
+    p.add_argument("--target", help="prediction file (.h5) to learn from; `recorrupted`; or `clean`: the upper bound")
+    p.add_argument(
+        "--noise", default="measured", help="with --target recorrupted, as in posterior.py (default measured)"
+    )
+    p.add_argument("--pred", help="with --target recorrupted: prediction file (.h5), for measuring and for intensities")
+    p.add_argument("--init", help="start from the weights of this student (.pt)")
+    p.add_argument("--loss", choices=LOSSES, help="distance to a given target")
+    p.add_argument("--strength", type=float, help="a of the recorruption (fast: 0.3)")
     p.add_argument("--out", default="distill_out.h5", help="prediction to write (default distill_out.h5)")
     p.add_argument("--predict", action="store_true", help="only predict, with the trained --model")
+    p.add_argument(
+        "--split", choices=(*data.SPLITS, "all"), default="all", help="predict only this split (default all)"
+    )
     p.add_argument("--width", type=runtime.positive, help="features at the first level")
     p.add_argument("--enc-blocks", type=int, nargs="+", help="blocks per level on the way down")
     p.add_argument("--middle-blocks", type=int, help="blocks at the lowest level")
@@ -226,10 +304,10 @@ def main(argv=None):
     if args.predict:
         runtime.check_outputs([args.data, args.model], [args.out])
     else:
-        runtime.check_outputs([args.data, args.target], [args.out, args.model])
+        runtime.check_outputs([args.data, args.target, args.pred, args.init], [args.out, args.model])
     if not args.predict:
         if not args.target:
-            raise ValueError("--target is needed for training: a prediction file, or clean")
+            raise ValueError("--target is needed for training: a prediction file, recorrupted, or clean")
         train(args, runtime.settle(args, PRESETS, "distill"))
     if runtime.leave_others():
         predict(args)

@@ -8,9 +8,20 @@
     python evaluate.py --data knee.h5 --pred bsn_out.h5 srds_out.h5 --json results.json --figure report.png
     python evaluate.py --data knee.h5 --pred BSN=bsn_out.h5 "SRDS pair=srds_out.h5"        # names of your own
 
+    python evaluate.py --no-reference --data knee.h5 --pred distill_out.h5         # no clean image: what can be told
+
 PSNR and SSIM are scikit-image's, data_range 1, SSIM's window 7x7, slice by slice; nothing is clipped or rounded first.
 Leak = <output - x, n> / <n, n> with x clean and n = noisy - x: the share of the noise that is still there, 0 for an
 output that has not seen the noise of its own pixel, 1 for the noisy image.
+
+Without a clean image, the noise model (noise.py) says what y - output should look like if it were only noise:
+
+    removed      its mean energy in units of the noise's: about 0.7 to 1; more means that structure went with it
+    whiteness    largest difference between its correlation and the noise's, up to 2 pixels apart
+    structure    correlation of its energy (5x5 pixels, in units of the noise's) with the gradient of the output: 0 for
+                 noise, above 0 if the residual is larger where the image has edges
+    error        estimated root mean square error: from the file's `std` where a stage has one (posterior.py), for a
+                 blind-spot network from J-invariance, sqrt(|y - output|^2 - s2)
 """
 
 import itertools
@@ -18,12 +29,15 @@ import json
 from pathlib import Path
 
 import numpy as np
+from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.stats import wilcoxon
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import data
+import noise
 import runtime
 
+TOO_LITTLE, TOO_MUCH, STRUCTURE, WHITENESS = 0.5, 1.15, 0.2, 0.1
 PROTOCOL = "PSNR (dB) and SSIM: scikit-image, data_range 1, 7x7 window, per slice, not clipped; mean ± sd over slices."
 
 
@@ -84,6 +98,69 @@ def comparisons(methods):
     return {pair: float(wilcoxon(gap).pvalue) if np.any(gap) else 1.0 for pair, gap in gaps.items()}
 
 
+def no_reference(y, x, model):
+    """What can be told of the slice x (H,W), denoised from y, without the clean image: {removed, whiteness, structure}.
+
+    model: of the noise (noise.py). Everything is counted over the pixels where the model has noise.
+    """
+    s2 = noise.variance(model, gaussian_filter(np.asarray(x, np.float64), 1))
+    where = s2 > 1e-3 * s2.max()
+    residual = np.where(where, (y - x) / np.sqrt(np.maximum(s2, 1e-12)), 0)
+    energy = np.square(residual).sum() / where.sum()
+
+    def correlation(dy, dx):
+        a, b = residual[dy:, dx:], residual[: residual.shape[0] - dy, : residual.shape[1] - dx]
+        return (a * b).sum() / max(np.sqrt(np.square(a).sum() * np.square(b).sum()), 1e-12)
+
+    table, lags = np.asarray(model["correlation"]), [(dy, dx) for dy in range(3) for dx in range(3) if dy or dx]
+    off = max(abs(correlation(dy, dx) - table[noise.REACH + dy, noise.REACH + dx]) for dy, dx in lags)
+    edges = np.hypot(*np.gradient(gaussian_filter(np.asarray(x, np.float64), 1)))
+    local = uniform_filter(np.square(residual), 5)
+    structure = np.corrcoef(local[where], edges[where])[0, 1] if where.any() and np.ptp(edges[where]) else 0.0
+    return dict(removed=energy, whiteness=off, structure=structure)
+
+
+def verdict(m):
+    """What the measures of `no_reference` mean, in words; thresholds: results/no_reference.md."""
+    said = []
+    if m["removed"] < TOO_LITTLE:
+        said.append(f"only {100 * m['removed']:.0f} % of the noise's energy was removed: noise is left")
+    if m["removed"] > TOO_MUCH:
+        said.append(f"{100 * m['removed']:.0f} % of the noise's energy was removed: structure went with it")
+    if m["structure"] > STRUCTURE:
+        said.append(
+            f"what was removed is stronger at edges (correlation {m['structure']:.2f}): fine detail is lost there"
+        )
+    if m["whiteness"] > WHITENESS:
+        said.append(f"what was removed is not correlated as the noise is (off by {m['whiteness']:.2f})")
+    return "; ".join(said) or "what was removed looks like noise and nothing else"
+
+
+def report_without_reference(path, preds, split, model):
+    """Prints the table and the verdicts for prediction files made from the dataset `path`; returns {name: measures}."""
+    noisy, results = data.read_volumes(path, "noisy", split), {}
+    print("| method | removed | whiteness | structure | error | verdict |\n|---|---|---|---|---|---|")
+    for name, file in preds.items():
+        out = data.read_matching(file, path, split=split)
+        pairs = [(noisy[v][s], x[s]) for v, x in out.items() for s in range(x.shape[0]) if np.ptp(noisy[v][s])]
+        slices = [no_reference(y, x, model) for y, x in pairs]
+        m = {key: float(np.mean([one[key] for one in slices])) for key in slices[0]}
+        with data.open_file(file) as h5:
+            has_std, stage = "std" in next(iter(h5["volumes"].values())), h5.attrs["stage"]
+        if stage == "bsn":
+            excess = np.mean([np.square(y - x).mean() - noise.variance(model, x).mean() for y, x in pairs])
+            m["error"] = float(max(excess, 0) ** 0.5)
+        elif has_std and stage == "posterior":
+            std = data.read_matching(file, path, "std", split=split)
+            m["error"] = float(np.mean([np.square(s).mean() for volume in std.values() for s in volume]) ** 0.5)
+        error = f"{m['error']:.4f}" if "error" in m else "-"
+        print(
+            f"| {name} | {m['removed']:.2f} | {m['whiteness']:.3f} | {m['structure']:+.2f} | {error} | {verdict(m)} |"
+        )
+        results[name] = m
+    return results
+
+
 def figure(dataset, preds, split, out):
     """One slice: clean and noisy, then each method; a zoom and the error on one signed scale below. Writes a PNG."""
     import matplotlib
@@ -137,6 +214,8 @@ def main(argv=None):
     p.add_argument(
         "--split", choices=(*data.SPLITS, "all"), default="test", help="the slices to evaluate (default test)"
     )
+    p.add_argument("--no-reference", action="store_true", help="what can be told without clean images")
+    p.add_argument("--noise", default="measured", help="with --no-reference, as in posterior.py (default measured)")
     p.add_argument("--json", help="write the table as JSON")
     p.add_argument("--figure", help="write a figure of the middle slice (.png)")
     args = p.parse_args(argv)
@@ -148,16 +227,26 @@ def main(argv=None):
         if name in preds or name == "noisy":
             raise ValueError(f"two methods are named {name!r}: write NAME=FILE")
         preds[name] = path
+    if args.no_reference:
+        if not preds:
+            raise ValueError("--no-reference needs --pred")
+        results = report_without_reference(args.data, preds, args.split, noise.given(args.noise, args.data))
+        return write_json(results, args.json)
     methods = {"noisy": measure(args.data, None, args.split)}
     methods |= {name: measure(args.data, path, args.split) for name, path in preds.items()}
     print(markdown(methods))
     if args.figure:
         figure(args.data, preds, args.split, args.figure)
-    if args.json:
-        results = {name: summary(slices) for name, slices in methods.items()}
-        for (a, b), p in comparisons(methods).items():
-            results[a].setdefault("p", {})[b] = results[b].setdefault("p", {})[a] = p
-        with runtime.whole(args.json) as temporary:
+    results = {name: summary(slices) for name, slices in methods.items()}
+    for (a, b), p in comparisons(methods).items():
+        results[a].setdefault("p", {})[b] = results[b].setdefault("p", {})[a] = p
+    write_json(results, args.json)
+
+
+def write_json(results, path):
+    """Writes the results, if a file was named."""
+    if path:
+        with runtime.whole(path) as temporary:
             temporary.write_text(json.dumps(results, indent=1) + "\n")
 
 

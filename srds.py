@@ -67,16 +67,18 @@ import diffusion
 import runtime
 
 
-def sample(eps_model, c, noise, abar, mode, pairs, steps):
-    """(mean, std or None) of X for a batch of conditions; noise(k) is the k-th starting noise (B,C,H,W)."""
+def sample(eps_model, condition, noise, abar, mode, pairs, steps):
+    """(mean, std or None) of X for a batch; condition(k), noise(k): those of the k-th sample or pair (B,C,H,W)."""
+    c = condition(0)
     if mode == "zero":
         return ddim(eps_model, torch.zeros_like(c), c, abar, steps), None
     if mode == "single":
         return ddim(eps_model, noise(0), c, abar, steps), None
     if mode == "independent":
-        one, other = ddim(eps_model, torch.cat([noise(0), noise(1)]), torch.cat([c, c]), abar, steps).chunk(2)
+        c = torch.cat([c, condition(1)])
+        one, other = ddim(eps_model, torch.cat([noise(0), noise(1)]), c, abar, steps).chunk(2)
         return (one + other) / 2, None
-    means, halves = zip(*(srds(eps_model, c, noise(k), abar, steps) for k in range(pairs)))
+    means, halves = zip(*(srds(eps_model, condition(k), noise(k), abar, steps) for k in range(pairs)))
     mean = torch.stack(means).mean(0)
     spread = torch.cat([torch.stack(means) - mean + s * torch.stack(halves) for s in (1, -1)])  # of all 2K samples
     return mean, spread.square().mean(0).sqrt()
@@ -97,6 +99,7 @@ def predict(args):
         print(f"srds: note: volume {changed[0]!r} of {args.cond} is not what {args.model} was trained on", flush=True)
     print(f"srds: EMA weights of {args.model}, step {state['step']}; {args.mode}, {steps} steps", flush=True)
     eps_model = diffusion.eps_model(network, abar, form["predict"])
+    augment = 0.0 if args.mode == "zero" else form.get("augment", 0.0)
     keys = ["pred", "std"] if args.mode == "pair" else ["pred"]
     with data.write_volumes(args.out, "prediction", "srds", vars(args), like=args.cond) as new_volume:
         for name, volume in runtime.progress(condition.items(), "srds"):
@@ -108,8 +111,12 @@ def predict(args):
                     return torch.stack([runtime.gaussian(runtime.step_rng(*s), *c.shape[1:]) for s in seeds]).to(where)
 
                 c = c.to(where)
+
+                def condition(k, c=c, noise=noise):  # as in training: with fresh noise on it, if it was trained so
+                    return diffusion.scaled(c + augment * noise(k + 1_000_000) if augment else c)
+
                 with runtime.autocast(where, args.precision):
-                    mean, std = sample(eps_model, diffusion.scaled(c), noise, abar, args.mode, args.pairs, steps)
+                    mean, std = sample(eps_model, condition, noise, abar, args.mode, args.pairs, steps)
                 out[0][rows] = diffusion.to_image(mean, c, form)[:, 0].cpu()
                 if std is not None:
                     out[1][rows] = (std * diffusion.unit(form))[:, 0].cpu()

@@ -1,0 +1,155 @@
+"""Stage 4, beyond the paper: the posterior update, which puts back what the noisy pixel itself knows.
+
+A blind-spot network never looks at the pixel it predicts, and what is made from its prediction (diffusion, SRDS) knows
+no better. Given how far predictions err and how strong the noise is, the noisy value is worth a definite weight:
+
+    x_hat = mu + (V - s2) / V * (y - mu)
+
+the linear minimum mean-square-error estimate (LMMSE; for Gaussian noise in Laine et al. 2019, Sec. 3), with mu the
+prediction, V the variance of y around it, s2 the noise variance. The error that is left has variance s2 (V - s2) / V.
+
+    In    knee.h5           volumes/<name>/noisy       (S,H,W) float32, about [0,1]
+          srds_out.h5       volumes/<name>/pred (std)  (S,H,W) float32; any prediction file made from knee.h5
+    Out   posterior_out.h5  volumes/<name>/pred        (S,H,W) float32: x_hat
+                            volumes/<name>/std         standard deviation of the error of x_hat
+
+    python posterior.py --data knee.h5 --pred bsn_out.h5
+    python posterior.py --data knee.h5 --pred srds_out.h5 --noise poisson:200 --variance spread --out posterior_out.h5
+
+The noise model comes from noise.py: measured in the images (default), stated, or read from a file. V comes from
+
+    --variance energy      mean energy of y - mu around the pixel, Gaussian window of 2.5 pixels
+    --variance spectrum    the same for each spatial frequency: a local Wiener filter of y - mu, for correlated noise
+    --variance predicted   the `std` of bsn.py --loss nll, the deviation of y that the network expects
+    --variance spread      the `std` of srds.py --pairs K, scaled to the energy of y - mu: few DDIM steps lose variance
+    --variance auto        energy for white noise, spectrum for correlated noise (default)
+"""
+
+# ---------------------------------------------------------------------------------------------------------------
+# core: needs numpy and scipy alone; paste it anywhere
+# ---------------------------------------------------------------------------------------------------------------
+import numpy as np
+from scipy.ndimage import gaussian_filter, uniform_filter
+
+
+def weight(total_variance, noise_variance):
+    """(V - s2) / V, the weight of the noisy value, in [0,1]; 1 where there is no noise. Arrays or numbers."""
+    return np.where(
+        noise_variance > 0,
+        np.maximum(total_variance - noise_variance, 0) / np.maximum(total_variance, 1e-30),
+        1.0,
+    )
+
+
+def update(mu, y, total_variance, noise_variance):
+    """x_hat = mu + max(V - s2, 0) / V * (y - mu), all (...,H,W): LMMSE estimate of x (Laine et al. 2019, Sec. 3)."""
+    return mu + weight(total_variance, noise_variance) * (y - mu)
+
+
+def local_energy(residual, sigma=2.5):
+    """Mean square of y - mu (H,W) in a Gaussian window of `sigma` pixels."""
+    return gaussian_filter(np.square(residual), sigma)
+
+
+def wiener(residual, spectrum, side=8, around=5):
+    """Local Wiener filter of y - mu: what of it is signal, and the share of the noise that stays, both (H,W).
+
+    Args:
+        residual: (H,W), divided by the standard deviation of the noise. side: of the DFT blocks, pixels.
+        spectrum: callable (h, w) to the power spectrum of the noise (mean 1). around: the power at a frequency is the
+            mean over around x around blocks, a quarter of a block apart.
+    """
+    step, (h, w) = side // 4, residual.shape
+    window = np.hanning(side + 2)[1:-1]
+    window = np.outer(window, window)
+    # Power of windowed noise: the DFT of its covariance times the autocorrelation of the window, on a grid that does
+    # not wrap, then taken at the frequencies of a block.
+    lags = np.fft.ifft2(np.abs(np.fft.fft2(window, (4 * side,) * 2)) ** 2) * np.fft.ifft2(spectrum(4 * side, 4 * side))
+    noise = np.fft.fft2(lags).real[::4, ::4]
+    noise = np.maximum(noise, 1e-3 * noise.mean())
+    padded = np.pad(residual, [(side, side + -n % step) for n in (h, w)], mode="symmetric")
+    blocks = np.lib.stride_tricks.sliding_window_view(padded, (side, side))[::step, ::step]
+    waves = np.fft.fft2(blocks * window)
+    power = uniform_filter(np.abs(waves) ** 2, (around, around, 0, 0))
+    gain = weight(power, noise)
+    kept = np.fft.ifft2(waves * gain).real * window
+    left = np.broadcast_to((gain * noise).mean((2, 3), keepdims=True) / noise.mean() * window**2, kept.shape)
+    out = np.zeros((3, *padded.shape))
+    rows, columns = blocks.shape[:2]
+    for i in range(side):  # overlap-add, one pixel of all blocks at a time
+        for j in range(side):
+            at = np.s_[:, i : i + rows * step : step, j : j + columns * step : step]
+            out[at] += np.stack([kept[..., i, j], left[..., i, j], np.broadcast_to(window[i, j] ** 2, (rows, columns))])
+    out = out[:, side : side + h, side : side + w]
+    return out[0] / out[2], out[1] / out[2]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# predict
+# ---------------------------------------------------------------------------------------------------------------
+import data
+import noise
+import runtime
+
+
+def estimate(y, mu, model, variance="auto", std=None):
+    """(x_hat, its standard deviation) of one slice, all (H,W). `variance`, `std`: see the module."""
+    s2, residual = noise.variance(model, mu), np.asarray(y, np.float64) - mu
+    if variance == "auto":
+        variance = "energy" if model["blind_spot"] == 1 else "spectrum"
+    if variance == "spectrum":
+        scale = np.sqrt(np.maximum(s2, 1e-10))
+        kept, left = wiener(residual / scale, lambda h, w: noise.spectrum(model, h, w))
+        return np.where(s2 > 0, mu + scale * kept, y), np.sqrt(s2 * left)
+    if variance == "energy":  # in units of the noise, which may change across the window
+        total = s2 * local_energy(residual / np.sqrt(np.maximum(s2, 1e-10)))
+    else:
+        total = np.square(std, dtype=np.float64)
+    return update(mu, y, total, s2), np.sqrt(s2 * weight(total, s2))
+
+
+def predict(args):
+    """Writes the posterior mean and its standard deviation for every volume of args.pred to args.out."""
+    noisy, means = data.read_volumes(args.data), data.read_matching(args.pred, args.data)
+    spread = data.read_matching(args.pred, args.data, "std") if args.variance in ("predicted", "spread") else None
+    model = noise.given(args.noise, args.data, args.pred)
+    print(noise.summary(model), flush=True)
+    with data.write_volumes(args.out, "prediction", "posterior", vars(args), like=args.pred, noise=model) as new_volume:
+        for name, mu in runtime.progress(means.items(), "posterior"):
+            pred, std = new_volume(name, mu.shape, ["pred", "std"])
+            factor = 1.0
+            if args.variance == "spread":
+                factor = (
+                    data.rms_difference({name: noisy[name]}, {name: mu})
+                    / (sum(np.square(s).mean() for s in spread[name]) / len(mu)) ** 0.5
+                )
+            for s in range(mu.shape[0]):
+                deviation = None if spread is None else factor * spread[name][s]
+                pred[s], std[s] = estimate(noisy[name][s], mu[s], model, args.variance, deviation)
+    print(f"posterior: {len(means)} volumes -> {args.out}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# command
+# ---------------------------------------------------------------------------------------------------------------
+def main(argv=None):
+    p = runtime.parser(__doc__)
+    p.add_argument("--data", required=True, help="dataset (.h5)")
+    p.add_argument("--pred", required=True, help="prediction file (.h5) made from it")
+    p.add_argument(
+        "--noise",
+        default="measured",
+        help="measured; kind:level[:correlation], such as gaussian:6/255, poisson:200, gamma:100:1.2; "
+        "or a file of `noise.py measure` (default measured)",
+    )
+    p.add_argument(
+        "--variance", choices=("auto", "energy", "spectrum", "predicted", "spread"), default="auto", help="default auto"
+    )
+    p.add_argument("--out", default="posterior_out.h5", help="prediction to write (default posterior_out.h5)")
+    args = p.parse_args(argv)
+    runtime.check_outputs([args.data, args.pred, args.noise], [args.out])
+    predict(args)
+
+
+if __name__ == "__main__":
+    runtime.command(main)

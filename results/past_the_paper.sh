@@ -1,0 +1,54 @@
+#!/bin/bash
+# One cell of results/past_the_paper.md: every student at one budget, on one dataset with one noise and one seed.
+#
+#   results/past_the_paper.sh CLEAN.h5 KIND:LEVEL[:CORRELATION] SEED FOLDER [FLAGS...]
+#
+# CLEAN.h5 is made by `data.py import`; FLAGS: conditions, oracle. What FOLDER already holds is not made again.
+set -e
+clean=$1 spec=$2 seed=$3 out=$4; shift 4
+IFS=: read -r kind level correlation <<< "$spec"
+main=$(cd "$(dirname "$0")/.." && pwd) python=${PYTHON:-python}
+bsn_steps=1500 diffusion_steps=700 student_steps=800
+mkdir -p "$out"; cd "$out"; [ "${clean:0:1}" = / ] || clean=$OLDPWD/$clean
+make() { local file=$1 script=$2; shift 2; [ -e "$file" ] || "$python" "$main/$script.py" "$@" >> log.txt 2>&1; }
+student() { local name=$1; shift; make "$name.h5" distill --data noisy.h5 --seed "$seed" --split test \
+    --model "$name.pt" --out "$name.h5" "$@"; }
+srds() { # condition: diffusion model, its SRDS mean, a student of it
+    make "$1.pt" diffusion --data noisy.h5 --cond bsn.h5 --seed "$seed" --steps $diffusion_steps --condition "$1" \
+        --noise noise.json --model "$1.pt"
+    make "srds_$1.h5" srds --cond bsn.h5 --model "$1.pt" --out "srds_$1.h5" $2
+    student "student_$1" --target "srds_$1.h5" --steps $student_steps; }
+
+make noisy.h5 noise add --data "$clean" --kind "$kind" --level "$level" --correlation "${correlation:-0}" --out noisy.h5
+make first.json noise measure --data noisy.h5 --out first.json
+spot=$("$python" -c "import json; print(json.load(open('first.json'))['blind_spot'])")
+make bsn.h5 bsn --data noisy.h5 --blind-spot "$spot" --steps $bsn_steps --seed "$seed" --hidden --model bsn.pt --out bsn.h5
+make noise.json noise measure --data noisy.h5 --pred bsn.h5 --out noise.json
+make nlm.h5 baselines --data noisy.h5 --noise noise.json --split test --out nlm.h5
+make posterior.h5 posterior --data noisy.h5 --pred bsn.h5 --noise noise.json --out posterior.h5
+student supervised --target clean --steps $student_steps
+student student_posterior --target posterior.h5 --steps $student_steps
+student student_recorrupted --target recorrupted --noise noise.json --pred posterior.h5 --steps $student_steps
+make half.pt distill --data noisy.h5 --seed "$seed" --split test --model half.pt --out half.h5 \
+    --target posterior.h5 --steps $((student_steps / 2))
+student student_both --target recorrupted --noise noise.json --pred posterior.h5 --init half.pt \
+    --steps $((student_steps / 2)) --lr 1e-3
+srds plain
+make posterior_srds.h5 posterior --data noisy.h5 --pred srds_plain.h5 --noise noise.json --out posterior_srds.h5
+rows="nlm bsn posterior srds_plain posterior_srds supervised student_plain student_posterior student_recorrupted student_both"
+for flag in "$@"; do
+    if [ "$flag" = conditions ]; then
+        srds hidden
+        srds augmented "--pairs 4"
+        make posterior_hidden.h5 posterior --data noisy.h5 --pred srds_hidden.h5 --noise noise.json --out posterior_hidden.h5
+        make posterior_augmented.h5 posterior --data noisy.h5 --pred srds_augmented.h5 --noise noise.json \
+            --out posterior_augmented.h5
+        rows="$rows srds_hidden student_hidden posterior_hidden srds_augmented student_augmented posterior_augmented"
+    elif [ "$flag" = oracle ]; then
+        student oracle_noise --target recorrupted --noise "$spec" --pred posterior.h5 --steps $student_steps
+        make posterior_oracle.h5 posterior --data noisy.h5 --pred bsn.h5 --noise "$spec" --out posterior_oracle.h5
+        rows="$rows oracle_noise posterior_oracle"
+    fi
+done
+"$python" "$main/evaluate.py" --data noisy.h5 --pred $(printf '%s.h5 ' $rows) --json cell.json > cell.md
+grep '^|' cell.md
