@@ -1,17 +1,29 @@
-"""The one command: every stage in order, on real images, with an honest table at the end.
+"""The one command: every stage in order, and at the end the denoised images, the student, and a report.
 
-    Out   demo/brain.h5        clean and noisy slices of the built-in brain
-          demo/*_out.h5        what each stage and each rival predicted     demo/*.pt, *.jsonl   models and logs
-          demo/results.json    {method: {psnr, psnr_sd, ssim, ssim_sd, leak, n}}    demo/report.png
+    In    knee.h5              volumes/<name>/noisy (S,H,W) float32: a dataset of data.py
+    Out   DIR/student.pt       the network to keep: `distill.py --predict --model DIR/student.pt` applies it anywhere
+          DIR/denoised.h5      volumes/<name>/pred  (S,H,W) float32, and everything in between
+    Out   demo/results.json    {method: {psnr, psnr_sd, ssim, ssim_sd, leak, n}}    demo/report.png    (--demo)
 
-    python denoise.py --demo                    # 8 minutes on two cores, most of them training
-    python denoise.py --demo --out other        # started again, it goes on where it was interrupted
+    python denoise.py --data knee.h5 --out DIR                      # trains on knee.h5, denoises it, and reports
+    python denoise.py --data knee.h5 --out DIR --recipe paper --rounds 2
+    python denoise.py --demo                                        # 10 minutes on two cores, most of them training
 
-The demo adds Gaussian noise of 6/255 to the MNI152 brain once, trains every stage on noisy slices of the train split
-alone, and evaluates on slices of the test split, which no stage has seen. Both splits are contiguous blocks.
+Recipes:
+
+    recorrupted   the noise is measured, a blind-spot network gives a first estimate, the posterior update puts back
+                  what the pixel itself knows; the student learns that, then goes on by recorruption (default)
+    paper         blind-spot network, diffusion, SRDS, student of the SRDS mean: Demir, Liu et al.
+
+--rounds N goes on from the last result (the paper's Table 4): it is the next round's condition, or the prediction from
+which the noise is measured again. The demo adds Gaussian noise of 6/255 to the MNI152 brain once, runs both recipes on
+noisy slices of the train split alone, and evaluates on slices of the test split, which no stage has seen.
+
+Started again, it goes on where it was interrupted.
 """
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -22,11 +34,13 @@ import diffusion
 import distill
 import evaluate
 import noise
+import posterior
 import runtime
 import srds
 
 LEVEL = "6/255"  # of the demo's Gaussian noise; the paper's
 NLM, SINGLE, PAIR = "non-local means, level known", "one sample, 25 steps", "SRDS pair, 25 steps"
+OURS, PAPER, BOUND = "student", "student of the paper's recipe", "supervised: the student's network, clean images"
 
 
 class Pipeline:
@@ -57,76 +71,124 @@ class Pipeline:
             temporary.write_text(json.dumps(self.done, indent=1) + "\n")
 
 
-def demo(args):
-    """All stages on the built-in brain; prints and writes the table."""
+class Recipe:
+    """The stages on one dataset: each method runs some of them, and returns the name of the file that it made."""
+
+    def __init__(self, args, folder, dataset):
+        self.args, self.folder, self.stage = args, folder, Pipeline(folder)
+        self.data = ["--data", dataset]
+        self.common = ["--seed", args.seed, "--device", args.device, "--precision", args.precision]
+
+    def path(self, name):
+        return str(self.folder / name)
+
+    def steps(self, module, share=1.0):
+        return ["--steps", max(1, round(share * self.args.effort * module.PRESETS["fast"]["steps"])), *self.common]
+
+    def train(self, module, out, model, *flags, share=1.0):
+        flags = [*self.data, *flags, "--model", self.path(model), *self.steps(module, share)]
+        self.stage(module.main, out, *flags, trains=model)
+        return out
+
+    def blind_spot_network(self):
+        """Measures the noise in the noisy images alone, and trains with the blind spot that it asks for."""
+        self.stage(noise.main, "noise_first.json", "measure", *self.data)
+        spot = json.loads((self.folder / "noise_first.json").read_text())["blind_spot"]
+        return self.train(bsn, "bsn_out.h5", "bsn.pt", "--blind-spot", spot)
+
+    def recorrupted(self, rounds):
+        estimate, start, mark = self.blind_spot_network(), [], ""
+        for k in range(1, rounds + 1):
+            model = f"noise{mark}.json"
+            self.stage(noise.main, model, "measure", *self.data, "--pred", self.path(estimate))
+            flags = ["--noise", self.path(model)]
+            if k == 1:
+                flags_of_posterior = [*self.data, "--pred", self.path(estimate), *flags]
+                self.stage(posterior.main, "posterior_out.h5", *flags_of_posterior)
+                estimate = "posterior_out.h5"
+                self.train(distill, "half_out.h5", "half.pt", "--target", self.path(estimate), share=0.5)
+                start = "half.pt"
+            out, student = f"distill{mark}_out.h5", f"student{mark}.pt"
+            flags += [
+                "--target",
+                "recorrupted",
+                "--pred",
+                self.path(estimate),
+                "--init",
+                self.path(start),
+                "--lr",
+                1e-3,
+            ]
+            self.train(distill, out, student, *flags, share=0.5)
+            estimate, start, mark = out, student, f"_round{k + 1}"
+        return estimate, start
+
+    def paper(self, rounds):
+        estimate, mark = self.blind_spot_network(), ""
+        for k in range(1, rounds + 1):
+            diffused, srds_out, out, student = (
+                f"{name}{mark}{end}"
+                for name, end in (("diffusion", ".pt"), ("srds", "_out.h5"), ("paper", "_out.h5"), ("paper", ".pt"))
+            )
+            flags = [*self.data, "--cond", self.path(estimate), *self.steps(diffusion)]
+            self.stage(train_diffusion, diffused, *flags, trains=diffused)
+            flags = ["--cond", self.path(estimate), "--model", self.path(diffused), *self.common]
+            self.stage(srds.main, srds_out, *flags)
+            self.train(distill, out, student, "--target", self.path(srds_out))
+            estimate, mark = out, f"_round{k + 1}"
+        return estimate, student
+
+
+def denoise(args):
+    """One recipe on a dataset: leaves the student and the denoised images, and says what can be told of them."""
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    stage, started = Pipeline(folder), time.monotonic()
-    path = lambda name: str(folder / name)  # noqa: E731
-    common = ["--seed", args.seed, "--device", args.device, "--precision", args.precision]
+    recipe = Recipe(args, folder, args.data)
+    out, student = getattr(recipe, args.recipe)(args.rounds)
+    for made, name in ((out, "denoised.h5"), (student, "student.pt")):
+        if made != name:
+            with runtime.whole(folder / name) as temporary:
+                shutil.copyfile(folder / made, temporary)
+    print(f"\nDenoised: {folder / 'denoised.h5'}; the student: {folder / 'student.pt'}\n")
+    known = ["--noise", recipe.path("noise.json")] if args.recipe == "recorrupted" else []
+    evaluate.main(["--no-reference", *recipe.data, "--pred", str(folder / "denoised.h5"), "--split", "all", *known])
 
-    def steps(module):
-        return ["--preset", "fast", "--steps", max(1, round(args.effort * module.PRESETS["fast"]["steps"])), *common]
 
+def demo(args):
+    """Both recipes and the supervised bound on the built-in brain; prints and writes the table."""
+    folder, started = Path(args.out), time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe(args, folder, str(folder / "brain.h5"))
+    stage, path, noisy = recipe.stage, recipe.path, recipe.data
     print(f"DiffDenoise demo: built-in brain, Gaussian noise {LEVEL}; everything goes to {folder}/", flush=True)
     stage(data.main, "clean.h5", "import", "--source", "brain")
-    stage(
-        noise.main,
-        "brain.h5",
-        "add",
-        "--data",
-        path("clean.h5"),
-        "--kind",
-        "gaussian",
-        "--level",
-        LEVEL,
-        "--seed",
-        args.seed,
-    )
-    noisy = ["--data", path("brain.h5")]
+    flags = ["--kind", "gaussian", "--level", LEVEL, "--seed", args.seed]
+    stage(noise.main, "brain.h5", "add", "--data", path("clean.h5"), *flags)
     stage(baselines.main, "nlm_out.h5", *noisy, "--sigma", LEVEL, "--split", "test")
-    stage(bsn.main, "bsn_out.h5", *noisy, "--model", path("bsn.pt"), *steps(bsn), trains="bsn.pt")
-    cond = ["--cond", path("bsn_out.h5"), "--model", path("diffusion.pt")]
-    stage(
-        train_diffusion, "diffusion.pt", *noisy, "--cond", path("bsn_out.h5"), *steps(diffusion), trains="diffusion.pt"
-    )
-    stage(srds.main, "srds_out.h5", *cond, *common)
-    stage(srds.main, "single25_out.h5", *cond, "--mode", "single", "--steps", 25, "--split", "test", *common)
-    stage(srds.main, "srds25_out.h5", *cond, "--mode", "pair", "--steps", 25, "--split", "test", *common)
-    stage(
-        distill.main,
-        "distill_out.h5",
-        *noisy,
-        "--target",
-        path("srds_out.h5"),
-        "--model",
-        path("student.pt"),
-        *steps(distill),
-        trains="student.pt",
-    )
+    ours, _ = recipe.recorrupted(args.rounds)
+    paper, _ = recipe.paper(args.rounds)
+    cond = ["--cond", path("bsn_out.h5"), "--model", path("diffusion.pt"), "--steps", 25, "--split", "test"]
+    stage(srds.main, "single25_out.h5", *cond, "--mode", "single", *recipe.common)
+    stage(srds.main, "srds25_out.h5", *cond, "--mode", "pair", *recipe.common)
+    recipe.train(distill, "supervised_out.h5", "supervised.pt", "--target", "clean")
     rows = {
         NLM: "nlm_out.h5",
         "blind-spot network": "bsn_out.h5",
         SINGLE: "single25_out.h5",
         PAIR: "srds25_out.h5",
-        "student": "distill_out.h5",
+        PAPER: paper,
+        "blind-spot network, posterior update": "posterior_out.h5",
+        OURS: ours,
+        BOUND: "supervised_out.h5",
     }
+    preds = [f"{name}={path(file)}" for name, file in rows.items()]
     print()
-    evaluate.main(
-        [
-            *noisy,
-            "--pred",
-            *(f"{name}={path(file)}" for name, file in rows.items()),
-            "--json",
-            path("results.json"),
-            "--figure",
-            path("report.png"),
-        ]
-    )
-    print(f"\n{verdict(json.loads((folder / 'results.json').read_text()))}")
+    evaluate.main([*noisy, "--pred", *preds, "--json", path("results.json"), "--figure", path("report.png")])
+    print(f"\n{verdict(json.loads((folder / 'results.json').read_text()))}\n")
+    evaluate.main(["--no-reference", *noisy, "--noise", path("noise.json"), "--pred", f"student={path(ours)}"])
     seconds = {name: done["seconds"] for name, done in stage.done.items()}
     print(
-        f"Seconds: {', '.join(f'{name} {s:.0f}' for name, s in seconds.items())}; "
+        f"\nSeconds: {', '.join(f'{name} {s:.0f}' for name, s in seconds.items())}; "
         f"this call {time.monotonic() - started:.0f}. Figure: {path('report.png')}"
     )
 
@@ -138,28 +200,34 @@ def train_diffusion(argv):
 
 
 def verdict(results):
-    """One plain sentence: who wins, and where the student and the pair stand."""
+    """One plain sentence: who wins, and where the student stands."""
     best = max(results, key=lambda name: results[name]["psnr"])
 
     def gain(a, b):
         return results[a]["psnr"] - results[b]["psnr"]
 
     return (
-        f"Highest PSNR: {best} ({results[best]['psnr']:.2f} dB). "
-        f"Student against noisy {gain('student', 'noisy'):+.2f} dB, "
-        f"against non-local means {gain('student', NLM):+.2f} dB; pair against one sample {gain(PAIR, SINGLE):+.2f} dB."
+        f"Highest PSNR: {best} ({results[best]['psnr']:.2f} dB). Student against noisy {gain(OURS, 'noisy'):+.2f} dB, "
+        f"against non-local means {gain(OURS, NLM):+.2f} dB, against the paper's recipe {gain(OURS, PAPER):+.2f} dB, "
+        f"against supervised training {gain(OURS, BOUND):+.2f} dB. "
+        f"SRDS pair against one sample {gain(PAIR, SINGLE):+.2f} dB."
     )
 
 
 def main(argv=None):
     p = runtime.network_parser(__doc__)
-    p.add_argument("--demo", action="store_true", required=True, help="the built-in brain, all stages, and a table")
-    p.add_argument("--out", default="demo", help="folder for everything (default demo)")
+    what = p.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", help="dataset (.h5) to denoise")
+    what.add_argument("--demo", action="store_true", help="the built-in brain, both recipes, and a table")
+    p.add_argument("--out", help="folder for everything (default demo with --demo, else denoised)")
+    p.add_argument("--recipe", choices=("recorrupted", "paper"), default="recorrupted", help="default recorrupted")
+    p.add_argument("--rounds", type=runtime.positive, default=1, help="go on from the last result (default 1)")
     p.add_argument("--effort", type=float, default=1.0, help="multiplies the training steps of each stage (default 1)")
     args = p.parse_args(argv)
     if not args.effort > 0:
         raise ValueError(f"--effort {args.effort:g} is not positive")
-    demo(args)
+    args.out = args.out or ("demo" if args.demo else "denoised")
+    demo(args) if args.demo else denoise(args)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from conftest import TINY, make_dataset, ok
 
-from bsn import PUCA
+import data
+from bsn import PUCA, blind_spot_loss, hide
 
 SMALL = dict(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1))
 
@@ -68,3 +70,40 @@ def test_any_size_from_16():
 def test_unknown_blind_spot():
     with pytest.raises(ValueError, match="1, 5 or 9, not 3"):
         PUCA(blind_spot=3)
+
+
+def test_likelihood_finds_the_deviation():
+    """The loss "nll" is least where the deviation is that of the errors."""
+    torch.manual_seed(0)
+    y = 0.5 + 0.03 * torch.randn(4, 1, 64, 64)
+    mean = torch.full_like(y, 0.5)
+    losses = [
+        blind_spot_loss(torch.cat([mean, torch.full_like(y, log)], 1), y, "nll") for log in torch.linspace(-3, 1, 41)
+    ]
+    best = torch.linspace(-3, 1, 41)[torch.stack(losses).argmin()]
+    assert best.exp() / 10 == pytest.approx(0.03, rel=0.06)
+
+
+def test_deviation_is_blind_and_written(tmp_path):
+    torch.manual_seed(0)
+    net = PUCA(deviation=True, dense=True, **SMALL).double()
+    y = torch.rand(1, 1, 20, 20, dtype=torch.double)
+    out, changed = net(y), y.clone()
+    changed[..., 7, 9] += 1
+    assert out.shape == (1, 2, 20, 20) and torch.equal(net(changed)[..., 7, 9], out[..., 7, 9])
+    make_dataset(tmp_path / "knee.h5")
+    ok("bsn", "--data", "knee.h5", "--loss", "nll", *TINY["bsn"], cwd=tmp_path)
+    assert data.read_volumes(tmp_path / "bsn_out.h5", "std")["v0"].min() > 0
+
+
+@pytest.mark.parametrize("stride", [2, 4, 8])
+def test_hide(stride):
+    """Only the class changes, and to values of other pixels."""
+    y = torch.rand(1, 1, 17, 24)
+    out = hide(y, stride, 1, 0)
+    kept = torch.ones(17, 24, dtype=torch.bool)
+    kept[1::stride, 0::stride] = False
+    assert torch.equal(out[..., kept], y[..., kept]) and not torch.isclose(out[..., ~kept], y[..., ~kept]).any()
+    moved = y.clone()
+    moved[..., ~kept] += 1
+    assert torch.equal(hide(moved, stride, 1, 0), out)

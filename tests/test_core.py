@@ -18,15 +18,21 @@ USES = {
     "m, h = srds(lambda x, c, t: x, x, torch.randn_like(x), abar, 5)\n"
     "assert m.abs().max() < 1e-6 < h.abs().max()",
     "distill": "net = NAFNet(width=8, enc_blocks=(1,), middle_blocks=1, dec_blocks=(1,))\n"
-    "psnr_loss(net(torch.rand(1, 1, 20, 17)), 0).backward()",
-    "noise": "assert add(np.zeros((8, 8)), 'gaussian', 0.1, 0.5).std() > 0.01",
+    "psnr_loss(net(torch.rand(1, 1, 20, 17)), 0).backward()\n"
+    "recorruption_loss(net, torch.rand(1, 1, 20, 17), torch.rand(1, 1, 20, 17)).backward()",
+    "noise": "assert add(np.zeros((8, 8)), 'gaussian', 0.1, 0.5).std() > 0.01\n"
+    "y = [add(np.full((128, 128), 0.5), 'gaussian', 0.1) for _ in range(4)]\n"
+    "m = measure(y); assert abs(variance(m, 0.5) - 0.01) < 0.001; sample(m, y[0], np.random.default_rng())",
+    "posterior": "assert update(0.5, 0.7, 0.02, 0.01) == 0.6\n"
+    "wiener(np.random.randn(20, 30), lambda h, w: np.ones((h, w)))",
 }
 ALLOWED = {
     "bsn": {"torch", "einops"},
     "diffusion": {"torch", "einops", "math"},
     "srds": {"torch"},
     "distill": {"torch"},
-    "noise": {"numpy", "scipy"},
+    "noise": {"numpy", "scipy", "itertools"},
+    "posterior": {"numpy", "scipy"},
 }
 
 

@@ -15,7 +15,10 @@ def test_demo_and_its_resume(tmp_path):
         "blind-spot network",
         "one sample, 25 steps",
         "SRDS pair, 25 steps",
+        "student of the paper's recipe",
+        "blind-spot network, posterior update",
         "student",
+        "supervised: the student's network, clean images",
     ]
     assert abs(results["noisy"]["psnr"] - 32.57) < 0.03 and results["noisy"]["n"] == 12
     assert abs(results["blind-spot network"]["leak"]) < 0.01
@@ -28,7 +31,7 @@ def test_demo_and_its_resume(tmp_path):
     (tmp_path / "demo/srds_out.h5").unlink()
     shutil.copy(tmp_path / "demo/results.json", tmp_path / "before.json")
     third = ok("denoise", "--demo", "--effort", "0.01", cwd=tmp_path).stdout
-    assert "diffusion: " not in third and "distill: " in third
+    assert "diffusion: " not in third and third.count("distill: 15 steps") == 2  # the paper's student, and the bound
     assert json.loads((tmp_path / "demo/results.json").read_text()) == json.loads(
         (tmp_path / "before.json").read_text()
     )

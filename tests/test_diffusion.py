@@ -5,8 +5,11 @@ import math
 import diffusers
 import pytest
 import torch
+from conftest import TINY, make_dataset, ok, run
 
+import data
 import diffusion
+from bsn import PUCA, hide
 from diffusion import UNet, alpha_bar, diffusion_loss, eps_model
 
 
@@ -90,3 +93,64 @@ def test_x_and_image_are_inverse():
     for form in (dict(target="image", std=0.03), dict(target="residual", std=0.03)):
         torch.testing.assert_close(diffusion.to_image(diffusion.to_x(y, c, form), c, form), y)
     assert math.isclose(diffusion.unit(dict(target="image")), 0.5)
+
+
+@pytest.mark.parametrize("blind_spot", [1, 5, 9])
+def test_a_hidden_condition_knows_nothing_of_the_hidden_pixels(blind_spot):
+    """The loss on a class does not change at all with the noisy values of that class, but through what is diffused."""
+    torch.manual_seed(0)
+    bsn = PUCA(width=8, enc_blocks=(1,), middle_blocks=1, dec_blocks=(1,), dense=True, blind_spot=blind_spot).double()
+    net = UNet(width=8, mult=(1, 2), blocks=1, attention=(), groups=0)
+    for p in [*bsn.parameters(), *net.parameters()]:
+        p.data += 0.1 * torch.randn_like(p)
+    x0, eps, y = (torch.randn(1, 1, 24, 31) for _ in range(3))
+    y = y.double()
+    row, column = 1, bsn.stride - 1
+    mask = torch.zeros_like(y)
+    mask[..., row :: bsn.stride, column :: bsn.stride] = 1
+    losses = {}
+    with torch.no_grad():
+        for name, noisy in (("before", y), ("after", y + mask * torch.randn_like(y))):
+            for kind, seen in (("hidden", hide(noisy, bsn.stride, row, column)), ("plain", noisy)):
+                t = torch.tensor([300])
+                losses[kind, name] = diffusion_loss(
+                    net, x0, bsn(seen).float(), alpha_bar(), t, eps, "v", mask.float()
+                ).item()
+    assert losses["hidden", "before"] == losses["hidden", "after"]
+    assert losses["plain", "before"] != losses["plain", "after"]
+
+
+def test_mask_counts_only_its_pixels():
+    x0, eps, t = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([5, 500])
+    mask = (torch.rand(2, 1, 8, 8) > 0.5).float()
+    net = lambda x, c, t: torch.zeros_like(x)  # noqa: E731
+    whole = [diffusion_loss(net, x0, x0, alpha_bar(), t, eps, "v", m) for m in (None, mask, 1 - mask)]
+    share = mask.mean()
+    torch.testing.assert_close(whole[1] * share + whole[2] * (1 - share), whole[0])
+
+
+def test_hidden_and_augmented_commands(tmp_path):
+    """Every blind spot's hidden classes; the augmentation is remembered, and each pair has its own."""
+    make_dataset(tmp_path / "knee.h5")
+    for blind_spot in (1, 9):
+        ok("bsn", "--data", "knee.h5", "--hidden", "--blind-spot", blind_spot, *TINY["bsn"], cwd=tmp_path)
+        flags = ["--data", "knee.h5", "--cond", "bsn_out.h5", *TINY["diffusion"]]
+        ok("diffusion", *flags, "--condition", "hidden", cwd=tmp_path)
+        classes = diffusion.read_hidden(tmp_path / "bsn_out.h5", ["v0"])
+        seen = sum(masks["v0"].sum() for _, masks in classes)
+        assert len(classes) == 4 and seen == pytest.approx(classes[0][1]["v0"].size * {1: 1, 9: 4 / 64}[blind_spot])
+        if blind_spot == 1:  # a hidden pixel is predicted from the same surroundings but for the other hidden ones
+            plain = data.read_volumes(tmp_path / "bsn_out.h5", "pred", names=["v0"])["v0"]
+            assert 0 < max(abs(c["v0"] - plain).max() for c, _ in classes) < 0.5
+    done = run(
+        "diffusion", *flags, "--condition", "augmented", "--noise", "gaussian:0.1", "--augment", 0.5, cwd=tmp_path
+    )
+    assert "noise of 0.0500 is added" in done.stdout
+    for mode in ("pair", "zero", "single", "independent"):
+        ok("srds", "--cond", "bsn_out.h5", "--mode", mode, "--out", f"{mode}.h5", cwd=tmp_path)
+    ok("srds", "--cond", "bsn_out.h5", "--pairs", 2, "--out", "pairs.h5", cwd=tmp_path)
+    one, two = (data.read_volumes(tmp_path / f, "pred")["v0"] for f in ("pair.h5", "pairs.h5"))
+    assert 0 < abs(one - two).max()
+    ok("bsn", "--data", "knee.h5", "--out", "plain.h5", *TINY["bsn"], cwd=tmp_path)
+    done = run("diffusion", *flags, "--cond", "plain.h5", "--condition", "hidden", cwd=tmp_path)
+    assert done.returncode == 2 and "no 'hidden'" in done.stderr

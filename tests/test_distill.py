@@ -1,11 +1,13 @@
 """Stage 5: NAFNet and its local pooling."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, make_dataset, ok, run
 
 import data
-from distill import NAFNet, local_mean, psnr_loss
+import noise
+from distill import NAFNet, local_mean, psnr_loss, recorruption_loss
 
 
 def test_published_size():
@@ -78,3 +80,61 @@ def test_supervised_needs_clean(made, tmp_path):
     make_dataset(tmp_path / "knee.h5", clean=False)
     done = run("distill", *flags, cwd=tmp_path)
     assert done.returncode == 2 and "has no 'clean'" in done.stderr
+
+
+def test_recorruption_loss_is_the_supervised_loss_without_the_clean_image():
+    """For a linear denoiser, averaged over noises: |f(y) - x|^2 up to a constant, for noise correlated or not.
+
+    The constant (s2 of the noise) cancels in the difference of two denoisers, which is what training follows.
+    """
+    for correlation in (0, 1.2):
+        model, rng = noise.known("gaussian", 0.1, correlation), np.random.default_rng(0)
+        x = np.repeat(rng.random((1, 1, 16, 16)), 4000, 0).astype(np.float32)
+        y, z = (torch.from_numpy(a) for a in (x + noise.sample(model, x, rng), noise.sample(model, x, rng)))
+        x = torch.from_numpy(x)
+        losses = []
+        for a in (0.0, 0.5, 1.0):
+            f = lambda u, a=a: (1 - a) * u + a * torch.nn.functional.avg_pool2d(u, 3, 1, 1)  # noqa: E731
+            # strength 0.01: what the noise has more of in f(y + az) than in f(y) is then below the sampling error
+            losses.append((recorruption_loss(f, y, z, 0.01), (10 * (f(y) - x)).square().mean()))
+        for k in (1, 2):
+            got, want = losses[k][0] - losses[0][0], losses[k][1] - losses[0][1]
+            torch.testing.assert_close(got, want, rtol=0.02, atol=0.01)
+
+
+def test_noises_of_recorruption_are_uncorrelated():
+    """y + a z and y - z / a: no correlation of their noises at any offset, within the sampling error."""
+    model, rng = noise.known("gaussian", 1.0, 1.2), np.random.default_rng(0)
+    n, z = (noise.sample(model, np.zeros((64, 64, 64), np.float32), rng) for _ in range(2))
+    one, other = n + 0.3 * z, n - z / 0.3
+    for dy, dx in ((0, 0), (0, 1), (1, 0), (2, 2)):
+        product = one[:, dy:, dx:] * other[:, : 64 - dy, : 64 - dx]
+        # the samples are themselves correlated: about 64**2 / 10 independent ones in an image
+        assert abs(product.mean()) < 4 * product.std() / np.sqrt(product.size / 10)
+
+
+def test_recorrupted_training(made, tmp_path):
+    """Learns without a target; the model of the noise stands in the checkpoint; resumes with the same bits."""
+    flags = ["--data", made / "knee.h5", "--target", "recorrupted", "--noise", "poisson:200:0.5", *TINY["distill"]]
+    ok("distill", *flags, "--model", "whole.pt", "--out", "whole.h5", cwd=tmp_path)
+    ok("distill", *flags, "--model", "parts.pt", "--out", "parts.h5", "--stop-at", "2", cwd=tmp_path)
+    ok("distill", *flags, "--model", "parts.pt", "--out", "parts.h5", "--resume", cwd=tmp_path)
+    whole, parts = (torch.load(tmp_path / f, weights_only=True) for f in ("whole.pt", "parts.pt"))
+    assert whole["extra"]["noise"]["variance"] == [0, 1 / 200, 0]
+    assert all(torch.equal(whole["ema"][k], parts["ema"][k]) for k in whole["ema"])
+    refine = [
+        "--pred",
+        made / "bsn_out.h5",
+        "--init",
+        "whole.pt",
+        "--model",
+        "refined.pt",
+        "--out",
+        "refined.h5",
+        "--lr",
+        0,
+    ]
+    ok("distill", *flags, *refine, "--split", "test", cwd=tmp_path)
+    assert list(data.read_volumes(tmp_path / "refined.h5", "pred")) == ["v1"]
+    refined = torch.load(tmp_path / "refined.pt", weights_only=True)["ema"]
+    assert all(torch.equal(refined[k], whole["ema"][k]) for k in refined)  # at a learning rate of 0

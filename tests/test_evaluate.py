@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
-from conftest import ok
+from conftest import ellipses, ok
+from scipy.ndimage import gaussian_filter
 
 import baselines
+import data
 import evaluate
 import noise
 
@@ -63,3 +65,42 @@ def test_command(made):
     assert results["noisy"]["psnr"] == pytest.approx(32.57, abs=0.3)
     assert "| pair |" in out.stdout and "data_range 1" in out.stdout
     assert (made / "r.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_report_without_reference(tmp_path):
+    """Noise removed, noise left, structure removed, correlated residual: each is told from the others, in words."""
+    rng, spec = np.random.default_rng(0), "gaussian:12/255"
+    x = gaussian_filter(ellipses(rng, 3, 160, 160), (0, 1, 1))
+    y = x + rng.normal(0, 12 / 255, x.shape).astype(np.float32)
+    smooth, other = gaussian_filter(y, (0, 3, 3)), x + 0.3 * (y - x)
+    with data.write_volumes(tmp_path / "y.h5", "dataset", "test") as add:
+        (noisy,) = add("v", y.shape, ["noisy"], split="test", scale=1.0, offset=0.0, source="ellipses")
+        noisy[:] = y
+    for name, out in (("clean", x), ("left", y + 0.3 * (x - y)), ("smooth", smooth), ("most", other)):
+        with data.write_volumes(tmp_path / f"{name}.h5", "prediction", name, like=tmp_path / "y.h5") as add:
+            (pred,) = add("v", y.shape, ["pred"])
+            pred[:] = out
+    preds = ["clean.h5", "left.h5", "smooth.h5", "most.h5"]
+    flags = ["--data", "y.h5", "--no-reference", "--noise", spec, "--json", "r.json", "--pred", *preds]
+    done = ok("evaluate", *flags, cwd=tmp_path).stdout
+    r = json.loads((tmp_path / "r.json").read_text())
+    assert r["clean"]["removed"] == pytest.approx(1, abs=0.03) and r["left"]["removed"] == pytest.approx(0.09, abs=0.01)
+    assert r["clean"]["whiteness"] < 0.03 and abs(r["clean"]["structure"]) < 0.1
+    assert r["smooth"]["structure"] > 0.3 and r["smooth"]["removed"] > 1.3
+    lines = {line.split("|")[1].strip(): line for line in done.splitlines() if line.startswith("|")}
+    assert "noise and nothing else" in lines["clean"] and "noise is left" in lines["left"]
+    assert "structure went with it" in lines["smooth"] and "edges" in lines["smooth"]
+
+
+def test_error_of_a_blind_spot_prediction(tmp_path):
+    """J-invariance: |y - pred|^2 less the noise is the error against the clean image that nobody has."""
+    rng = np.random.default_rng(0)
+    x = ellipses(rng, 2, 128, 128)
+    y, pred = x + rng.normal(0, 0.05, x.shape).astype(np.float32), x + rng.normal(0, 0.02, x.shape).astype(np.float32)
+    with data.write_volumes(tmp_path / "y.h5", "dataset", "test") as add:
+        add("v", y.shape, ["noisy"], split="test", scale=1.0, offset=0.0, source="ellipses")[0][:] = y
+    with data.write_volumes(tmp_path / "p.h5", "prediction", "bsn", like=tmp_path / "y.h5") as add:
+        add("v", y.shape, ["pred"])[0][:] = pred
+    flags = ["--data", "y.h5", "--no-reference", "--noise", "gaussian:0.05", "--pred", "p.h5", "--json", "r.json"]
+    ok("evaluate", *flags, cwd=tmp_path)
+    assert json.loads((tmp_path / "r.json").read_text())["p"]["error"] == pytest.approx(0.02, rel=0.1)
