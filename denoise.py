@@ -11,8 +11,8 @@
 
 Recipes:
 
-    recorrupted   the noise is measured, a blind-spot network gives a first estimate, the posterior update puts back
-                  what the pixel itself knows; the student learns that, then goes on by recorruption (default)
+    recorrupted   the noise is measured with the help of a blind-spot network and the posterior update; the student
+                  learns from the noisy images and from more of that noise, by recorruption (default)
     paper         blind-spot network, diffusion, SRDS, student of the SRDS mean: Demir, Liu et al.
 
 --rounds N goes on from the last result (the paper's Table 4): it is the next round's condition, or the prediction from
@@ -82,11 +82,11 @@ class Recipe:
     def path(self, name):
         return str(self.folder / name)
 
-    def steps(self, module, share=1.0):
-        return ["--steps", max(1, round(share * self.args.effort * module.PRESETS["fast"]["steps"])), *self.common]
+    def steps(self, module):
+        return ["--steps", max(1, round(self.args.effort * module.PRESETS["fast"]["steps"])), *self.common]
 
-    def train(self, module, out, model, *flags, share=1.0):
-        flags = [*self.data, *flags, "--model", self.path(model), *self.steps(module, share)]
+    def train(self, module, out, model, *flags):
+        flags = [*self.data, *flags, "--model", self.path(model), *self.steps(module)]
         self.stage(module.main, out, *flags, trains=model)
         return out
 
@@ -96,8 +96,9 @@ class Recipe:
         spot = json.loads((self.folder / "noise_first.json").read_text())["blind_spot"]
         return self.train(bsn, "bsn_out.h5", "bsn.pt", "--blind-spot", spot)
 
-    def recorrupted(self, rounds):
-        estimate, start, mark = self.blind_spot_network(), [], ""
+    def recorrupted(self, estimate, rounds):
+        """From a first estimate of the images; returns the files of the last denoised images and student."""
+        start, mark = [], ""
         for k in range(1, rounds + 1):
             model = f"noise{mark}.json"
             self.stage(noise.main, model, "measure", *self.data, "--pred", self.path(estimate))
@@ -106,25 +107,14 @@ class Recipe:
                 flags_of_posterior = [*self.data, "--pred", self.path(estimate), *flags]
                 self.stage(posterior.main, "posterior_out.h5", *flags_of_posterior)
                 estimate = "posterior_out.h5"
-                self.train(distill, "half_out.h5", "half.pt", "--target", self.path(estimate), share=0.5)
-                start = "half.pt"
             out, student = f"distill{mark}_out.h5", f"student{mark}.pt"
-            flags += [
-                "--target",
-                "recorrupted",
-                "--pred",
-                self.path(estimate),
-                "--init",
-                self.path(start),
-                "--lr",
-                1e-3,
-            ]
-            self.train(distill, out, student, *flags, share=0.5)
-            estimate, start, mark = out, student, f"_round{k + 1}"
-        return estimate, start
+            self.train(distill, out, student, "--target", "recorrupted", "--pred", self.path(estimate), *flags, *start)
+            estimate, start, mark = out, ["--init", self.path(student)], f"_round{k + 1}"
+        return out, student
 
-    def paper(self, rounds):
-        estimate, mark = self.blind_spot_network(), ""
+    def paper(self, estimate, rounds):
+        """Like `recorrupted`."""
+        mark = ""
         for k in range(1, rounds + 1):
             diffused, srds_out, out, student = (
                 f"{name}{mark}{end}"
@@ -144,7 +134,7 @@ def denoise(args):
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(args, folder, args.data)
-    out, student = getattr(recipe, args.recipe)(args.rounds)
+    out, student = getattr(recipe, args.recipe)(recipe.blind_spot_network(), args.rounds)
     for made, name in ((out, "denoised.h5"), (student, "student.pt")):
         if made != name:
             with runtime.whole(folder / name) as temporary:
@@ -165,8 +155,9 @@ def demo(args):
     flags = ["--kind", "gaussian", "--level", LEVEL, "--seed", args.seed]
     stage(noise.main, "brain.h5", "add", "--data", path("clean.h5"), *flags)
     stage(baselines.main, "nlm_out.h5", *noisy, "--sigma", LEVEL, "--split", "test")
-    ours, _ = recipe.recorrupted(args.rounds)
-    paper, _ = recipe.paper(args.rounds)
+    estimate = recipe.blind_spot_network()
+    ours, _ = recipe.recorrupted(estimate, args.rounds)
+    paper, _ = recipe.paper(estimate, args.rounds)
     cond = ["--cond", path("bsn_out.h5"), "--model", path("diffusion.pt"), "--steps", 25, "--split", "test"]
     stage(srds.main, "single25_out.h5", *cond, "--mode", "single", *recipe.common)
     stage(srds.main, "srds25_out.h5", *cond, "--mode", "pair", *recipe.common)

@@ -98,6 +98,30 @@ def comparisons(methods):
     return {pair: float(wilcoxon(gap).pvalue) if np.any(gap) else 1.0 for pair, gap in gaps.items()}
 
 
+def calibration(path, pred, split):
+    """How many clean pixels lie within one and two `std` of a prediction: [(low, high, share, share)] by intensity.
+
+    Four ranges of clean intensity with as many pixels each; 0.68 and 0.95 would be right for Gaussian errors.
+    """
+    clean = data.read_volumes(path, "clean", split)
+    mean, std = (data.read_matching(pred, path, key, split=split) for key in ("pred", "std"))
+    x, error, std = (
+        np.concatenate([np.ravel(a) for a in arrays])
+        for arrays in (
+            [clean[v][s] for v in mean for s in range(len(mean[v]))],
+            [np.abs(mean[v][s] - clean[v][s]) for v in mean for s in range(len(mean[v]))],
+            [std[v][s] for v in mean for s in range(len(mean[v]))],
+        )
+    )
+    edges = np.quantile(x, np.linspace(0, 1, 5))
+    group = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, 3)
+    return [
+        (edges[k], edges[k + 1], *(float(np.mean(error[group == k] < n * std[group == k])) for n in (1, 2)))
+        for k in range(4)
+        if np.any(group == k)
+    ]
+
+
 def no_reference(y, x, model):
     """What can be told of the slice x (H,W), denoised from y, without the clean image: {removed, whiteness, structure}.
 
@@ -214,6 +238,7 @@ def main(argv=None):
     p.add_argument(
         "--split", choices=(*data.SPLITS, "all"), default="test", help="the slices to evaluate (default test)"
     )
+    p.add_argument("--calibration", action="store_true", help="how well `std` of the predictions tells their error")
     p.add_argument("--no-reference", action="store_true", help="what can be told without clean images")
     p.add_argument("--noise", default="measured", help="with --no-reference, as in posterior.py (default measured)")
     p.add_argument("--json", help="write the table as JSON")
@@ -235,6 +260,11 @@ def main(argv=None):
     methods = {"noisy": measure(args.data, None, args.split)}
     methods |= {name: measure(args.data, path, args.split) for name, path in preds.items()}
     print(markdown(methods))
+    if args.calibration:
+        print("\n| method | clean intensity | within 1 std | within 2 std |\n|---|---|---|---|")
+        for name, path in preds.items():
+            for low, high, one, two in calibration(args.data, path, args.split):
+                print(f"| {name} | {low:.2f} to {high:.2f} | {one:.3f} | {two:.3f} |")
     if args.figure:
         figure(args.data, preds, args.split, args.figure)
     results = {name: summary(slices) for name, slices in methods.items()}

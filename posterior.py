@@ -18,7 +18,7 @@ prediction, V the variance of y around it, s2 the noise variance. The error that
 
 The noise model comes from noise.py: measured in the images (default), stated, or read from a file. V comes from
 
-    --variance energy      mean energy of y - mu around the pixel, Gaussian window of 2.5 pixels
+    --variance energy      energy of y - mu around the pixel, Gaussian window of 3 pixels
     --variance spectrum    the same for each spatial frequency: a local Wiener filter of y - mu, for correlated noise
     --variance predicted   the `std` of bsn.py --loss nll, the deviation of y that the network expects
     --variance spread      the `std` of srds.py --pairs K, scaled to the energy of y - mu: few DDIM steps lose variance
@@ -30,6 +30,7 @@ The noise model comes from noise.py: measured in the images (default), stated, o
 # ---------------------------------------------------------------------------------------------------------------
 import numpy as np
 from scipy.ndimage import gaussian_filter, uniform_filter
+from scipy.special import ndtr
 
 
 def weight(total_variance, noise_variance):
@@ -46,9 +47,16 @@ def update(mu, y, total_variance, noise_variance):
     return mu + weight(total_variance, noise_variance) * (y - mu)
 
 
-def local_energy(residual, sigma=2.5):
-    """Mean square of y - mu (H,W) in a Gaussian window of `sigma` pixels."""
-    return gaussian_filter(np.square(residual), sigma)
+def local_variance(residual, noise_variance, sigma=3.0):
+    """V from the energy of y - mu (H,W) in a Gaussian window of `sigma` pixels, given that V is at least s2.
+
+    Of so few pixels the energy is uncertain, by about V / (sigma sqrt(2 pi)). What lies below s2 therefore does not mean
+    that there is no signal: the expected excess over s2 is taken instead, which is never 0.
+    """
+    energy = gaussian_filter(np.square(residual), sigma)
+    doubt = np.maximum(energy, 1e-30) / (sigma * (2 * np.pi) ** 0.5)
+    excess = (energy - noise_variance) / doubt
+    return noise_variance + doubt * (np.exp(-(excess**2) / 2) / (2 * np.pi) ** 0.5 + excess * ndtr(excess))
 
 
 def wiener(residual, spectrum, side=8, around=5):
@@ -102,7 +110,7 @@ def estimate(y, mu, model, variance="auto", std=None):
         kept, left = wiener(residual / scale, lambda h, w: noise.spectrum(model, h, w))
         return np.where(s2 > 0, mu + scale * kept, y), np.sqrt(s2 * left)
     if variance == "energy":  # in units of the noise, which may change across the window
-        total = s2 * local_energy(residual / np.sqrt(np.maximum(s2, 1e-10)))
+        total = s2 * local_variance(residual / np.sqrt(np.maximum(s2, 1e-10)), 1.0)
     else:
         total = np.square(std, dtype=np.float64)
     return update(mu, y, total, s2), np.sqrt(s2 * weight(total, s2))

@@ -29,13 +29,9 @@ make posterior.h5 posterior --data noisy.h5 --pred bsn.h5 --noise noise.json --o
 student supervised --target clean --steps $student_steps
 student student_posterior --target posterior.h5 --steps $student_steps
 student student_recorrupted --target recorrupted --noise noise.json --pred posterior.h5 --steps $student_steps
-make half.pt distill --data noisy.h5 --seed "$seed" --split test --model half.pt --out half.h5 \
-    --target posterior.h5 --steps $((student_steps / 2))
-student student_both --target recorrupted --noise noise.json --pred posterior.h5 --init half.pt \
-    --steps $((student_steps / 2)) --lr 1e-3
 srds plain
 make posterior_srds.h5 posterior --data noisy.h5 --pred srds_plain.h5 --noise noise.json --out posterior_srds.h5
-rows="nlm bsn posterior srds_plain posterior_srds supervised student_plain student_posterior student_recorrupted student_both"
+rows="nlm bsn posterior srds_plain posterior_srds supervised student_plain student_posterior student_recorrupted"
 for flag in "$@"; do
     if [ "$flag" = conditions ]; then
         srds hidden

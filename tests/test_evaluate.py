@@ -104,3 +104,19 @@ def test_error_of_a_blind_spot_prediction(tmp_path):
     flags = ["--data", "y.h5", "--no-reference", "--noise", "gaussian:0.05", "--pred", "p.h5", "--json", "r.json"]
     ok("evaluate", *flags, cwd=tmp_path)
     assert json.loads((tmp_path / "r.json").read_text())["p"]["error"] == pytest.approx(0.02, rel=0.1)
+
+
+def test_calibration(tmp_path):
+    """Errors drawn with the stated deviation: 68 and 95 % lie within one and two."""
+    rng = np.random.default_rng(0)
+    x, std = ellipses(rng, 2, 64, 64), np.linspace(0.01, 0.03, 64).astype(np.float32)
+    with data.write_volumes(tmp_path / "y.h5", "dataset", "test") as add:
+        attrs = dict(split="test", scale=1.0, offset=0.0, source="ellipses")
+        for array in add("v", x.shape, ["noisy", "clean"], **attrs):
+            array[:] = x
+    with data.write_volumes(tmp_path / "p.h5", "prediction", "posterior", like=tmp_path / "y.h5") as add:
+        pred, deviation = add("v", x.shape, ["pred", "std"])
+        pred[:], deviation[:] = x + std * rng.standard_normal(x.shape), np.broadcast_to(std, x.shape)
+    rows = evaluate.calibration(tmp_path / "y.h5", tmp_path / "p.h5", "test")
+    assert np.mean([r[2] for r in rows]) == pytest.approx(0.683, abs=0.03)
+    assert np.mean([r[3] for r in rows]) == pytest.approx(0.954, abs=0.02)
