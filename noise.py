@@ -202,9 +202,10 @@ def usable(blocks):
     return np.maximum(*((flat == m[:, None]).mean(1) for m in (flat.min(1), flat.max(1)))) < 0.3
 
 
-def bins(x, count):
-    """Which of `count` equal steps of intensity each x belongs to; the outermost 0.1 % are put to the ends."""
-    low, high = np.quantile(x, [0.001, 0.999])
+def bins(x, most):
+    """Which equal step of intensity each x belongs to, of at most `most`; the outermost 0.1 % are put to the ends."""
+    low, high = np.quantile(x, [0.001, 0.999]) if len(x) else (0, 1)
+    count = max(1, min(most, len(x) // 150))
     return np.clip((x - low) / max(high - low, 1e-12) * count, 0, count - 1).astype(int)
 
 

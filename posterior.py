@@ -50,8 +50,8 @@ def update(mu, y, total_variance, noise_variance):
 def local_variance(residual, noise_variance, sigma=3.0):
     """V from the energy of y - mu (H,W) in a Gaussian window of `sigma` pixels, given that V is at least s2.
 
-    Of so few pixels the energy is uncertain, by about V / (sigma sqrt(2 pi)). What lies below s2 therefore does not mean
-    that there is no signal: the expected excess over s2 is taken instead, which is never 0.
+    Of so few pixels the energy is uncertain, by about V / (sigma sqrt(2 pi)). An energy below s2 does not mean
+    that there is no signal: the expected excess over s2 is taken, which is never 0.
     """
     energy = gaussian_filter(np.square(residual), sigma)
     doubt = np.maximum(energy, 1e-30) / (sigma * (2 * np.pi) ** 0.5)

@@ -35,7 +35,7 @@ rows="nlm bsn posterior srds_plain posterior_srds supervised student_plain stude
 for flag in "$@"; do
     if [ "$flag" = conditions ]; then
         srds hidden
-        srds augmented "--pairs 4"
+        srds augmented "--pairs 2 --steps 2"
         make posterior_hidden.h5 posterior --data noisy.h5 --pred srds_hidden.h5 --noise noise.json --out posterior_hidden.h5
         make posterior_augmented.h5 posterior --data noisy.h5 --pred srds_augmented.h5 --noise noise.json \
             --out posterior_augmented.h5

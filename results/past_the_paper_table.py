@@ -17,7 +17,7 @@ ROWS = {
     "posterior_srds": "SRDS pair, posterior update",
     "srds_hidden": "SRDS pair, hidden condition",
     "posterior_hidden": "the same, posterior update",
-    "srds_augmented": "SRDS, augmented condition, 4 pairs",
+    "srds_augmented": "SRDS, augmented condition, 2 pairs of 2 steps",
     "posterior_augmented": "the same, posterior update",
     "student_plain": "student of SRDS (paper)",
     "student_hidden": "student of SRDS, hidden condition",

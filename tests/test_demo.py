@@ -3,7 +3,10 @@
 import json
 import shutil
 
-from conftest import ok
+import pytest
+from conftest import make_dataset, ok
+
+import data
 
 
 def test_demo_and_its_resume(tmp_path):
@@ -35,3 +38,19 @@ def test_demo_and_its_resume(tmp_path):
     assert json.loads((tmp_path / "demo/results.json").read_text()) == json.loads(
         (tmp_path / "before.json").read_text()
     )
+
+
+@pytest.mark.parametrize("recipe, rounds", [("recorrupted", 2), ("paper", 2)])
+def test_denoise_a_dataset(recipe, rounds, tmp_path):
+    """Both recipes, two rounds: the student, the denoised images of every volume, a report; no clean image is there."""
+    make_dataset(tmp_path / "knee.h5", sizes=((4, 112, 128), (1, 96, 100)), clean=False)
+    flags = ["--data", "knee.h5", "--out", "out", "--recipe", recipe, "--rounds", rounds, "--effort", "0.004"]
+    done = ok("denoise", *flags, cwd=tmp_path)
+    assert "| denoised |" in done.stdout
+    denoised = data.read_matching(tmp_path / "out/denoised.h5", tmp_path / "knee.h5")
+    assert {name: a.shape for name, a in denoised.items()} == {"v0": (4, 112, 128), "v1": (1, 96, 100)}
+    applied = ["--predict", "--data", "knee.h5", "--model", "out/student.pt", "--out", "again.h5"]
+    ok("distill", *applied, cwd=tmp_path)
+    again = data.read_volumes(tmp_path / "again.h5", "pred")
+    assert all((again[name] == denoised[name]).all() for name in again)
+    assert "steps in" not in ok("denoise", *flags, cwd=tmp_path).stdout  # nothing is made twice

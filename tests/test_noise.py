@@ -196,3 +196,11 @@ def test_measure_command(made, tmp_path):
     assert noise.given(str(tmp_path / "noise.json"))["blind_spot"] == 1
     done = run("noise", "measure", "--data", made / "knee.h5", cwd=tmp_path)
     assert done.returncode == 2 and "too few blocks" in done.stderr
+
+
+@pytest.mark.parametrize("side", [128, 256])
+def test_one_image_is_enough(side):
+    """A single slice: level within 12 %, and the blind spot."""
+    y = noise.add(phantom(1, side)[0], "gaussian", 12 / 255, 0, np.random.default_rng(0))
+    model = noise.measure([y])
+    assert np.sqrt(noise.variance(model, 0.4)) == pytest.approx(12 / 255, rel=0.12) and model["blind_spot"] == 1
