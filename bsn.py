@@ -169,6 +169,7 @@ def blind_spot_loss(prediction, y, kind="l2"):
     """
     if kind == "nll":
         mean, log_deviation = prediction.chunk(2, dim=1)
+        log_deviation = log_deviation.clamp(min=-5)  # black background without noise would send it to minus infinity
         return (0.5 * (10 * (mean - y)).square() * torch.exp(-2 * log_deviation) + log_deviation).mean()
     error = 10 * (prediction - y)
     return error.abs().mean() if kind == "l1" else error.square().mean()
@@ -177,8 +178,8 @@ def blind_spot_loss(prediction, y, kind="l2"):
 def hide(y, stride, row, column):
     """y (B,C,H,W) with the pixels of one class, row and column modulo stride, replaced by their surroundings.
 
-    A replaced pixel is the mean of four others in its row and column, stride / 2 + 1 pixels away (1 for stride 2):
-    outside its blind spot.
+    A replaced pixel is the mean of four others in its row and column, stride / 2 + 1 pixels away (1 for stride 2), of
+    their mirror images beyond a border.
     """
     h, w = y.shape[-2:]
     away = max(1, stride // 2 + (stride > 2))
@@ -240,6 +241,8 @@ def train(args, checkpoint=None):
     where = runtime.device(args.device)
     noisy = data.read_volumes(args.data, "noisy", "train")
     data.check_crop(noisy, args.crop)
+    if checkpoint and (args.loss == "nll") != checkpoint["model_args"].get("deviation", False):
+        raise ValueError(f"{args.model} was trained with another --loss than {args.loss}: it cannot resume")
     torch.manual_seed(args.seed)
     model_args = (
         checkpoint["model_args"]
@@ -304,7 +307,7 @@ def predict(args):
     def denoise(y):
         with runtime.autocast(where, args.precision):
             out = model(y.to(where, memory_format=torch.channels_last)).float().cpu()
-        return torch.cat([out[:, :1], out[:, 1:].exp() / 10], 1)
+        return torch.cat([out[:, :1], out[:, 1:].clamp(min=-5).exp() / 10], 1)
 
     def with_hidden(y, rows):
         offsets = hidden_offsets(rows, stride)
@@ -314,8 +317,10 @@ def predict(args):
     keys = ["pred", "std"] if deviation else ["pred"]
     if not args.hidden:
         return data.predict_volumes(args, "bsn", lambda y, rows: denoise(y), keys)
-    offsets = lambda s: hidden_offsets(slice(0, s), stride).transpose(1, 0, 2)  # noqa: E731
-    attrs = lambda shape: dict(hidden_stride=stride, hidden_offsets=offsets(shape[0]))  # noqa: E731
+    period = hidden_offsets(slice(0, stride**2 // HIDDEN), stride).transpose(1, 0, 2)  # then they repeat
+    attrs = dict(hidden_stride=stride, hidden_offsets=period)
+    if stride > 2:
+        print("bsn: note: only the pixel is hidden, not the neighbours whose noise tells of its own", flush=True)
     data.predict_volumes(args, "bsn", with_hidden, [*keys, ("hidden", HIDDEN)], attrs)
 
 

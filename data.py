@@ -5,6 +5,7 @@
         clean (S,H,W) f4   optional; opened only by evaluate.py and by a run told --target clean
         pred  (S,H,W) f4   in prediction files, under the same volume names
         std   (S,H,W) f4   optional: per-pixel uncertainty of pred
+        hidden (S,4,H,W) f4   optional: see bsn.py --hidden
     file attrs             format, version, kind (dataset|prediction), stage, args, seed, inputs, noise
 
 original intensity = value * scale + offset. The fingerprint is a hash of a volume's noisy values; a prediction carries
@@ -199,7 +200,8 @@ def write_volumes(path, kind, stage, args=None, like=None, noise=None):
 
         def add(name, shape, keys, **attrs):
             group = group_of_all.create_group(name)
-            group.attrs.update({**volumes.get(name, {}), **attrs})
+            taken = {k: v for k, v in volumes.get(name, {}).items() if not k.startswith("hidden")}
+            group.attrs.update({**taken, **attrs})
             chunks = (1, *(min(128, n) for n in shape[1:]))
             out = []
             for key in keys:
@@ -271,16 +273,16 @@ def batches(array, size):
         yield rows, torch.from_numpy(np.asarray(array[rows], np.float32)[:, None])
 
 
-def predict_volumes(args, stage, denoise, keys=("pred",), attrs=lambda shape: {}):
+def predict_volumes(args, stage, denoise, keys=("pred",), attrs=None):
     """Writes what `denoise` makes of every slice of the dataset args.data (of args.split, if not all) to args.out.
 
     denoise: callable (y (b,1,H,W) on the CPU, rows: slice of slice numbers) to (b,n,H,W): one image for each of `keys`
-    in order, all that is left for a last key (name, n). attrs: what to note of a volume, from its shape.
+    in order, all that is left for a last key (name, n). attrs: what to note of each volume.
     """
     noisy = read_volumes(args.data, "noisy", args.split)
     with write_volumes(args.out, "prediction", stage, vars(args), like=args.data) as new_volume:
         for name, volume in runtime.progress(noisy.items(), stage):
-            arrays = new_volume(name, volume.shape, keys, **attrs(volume.shape))
+            arrays = new_volume(name, volume.shape, keys, **(attrs or {}))
             for rows, y in batches(volume, 4):
                 out = denoise(y, rows)
                 for k, array in enumerate(arrays):

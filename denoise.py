@@ -46,16 +46,20 @@ OURS, PAPER, BOUND = "student", "student of the paper's recipe", "supervised: th
 class Pipeline:
     """Runs stages in order; skips those whose output stands, made by the same flags, after stages skipped as well."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, mark=None):
+        """mark: of the data that all is made from; of other data, nothing that was done counts."""
         self.folder, self.record = folder, folder / "stages.json"
         self.done = json.loads(self.record.read_text()) if self.record.exists() else {}
+        if self.done.get("data") != mark:
+            self.done = {"data": mark}
         self.changed = False
 
     def __call__(self, main, out, *flags, trains=None):
         """main([*flags, --out out]) unless it was done before; `trains`: a model whose interrupted training goes on."""
         argv, started = [*map(str, flags), "--out", str(self.folder / out)], time.monotonic()
         same = self.done.get(out, {}).get("argv") == argv and not self.changed
-        if same and self.done[out]["seconds"] is not None and (self.folder / out).exists():
+        files = [self.folder / out, *([self.folder / trains] if trains else [])]
+        if same and self.done[out]["seconds"] is not None and all(file.exists() for file in files):
             return
         self.changed = True  # whatever follows is made anew
         if trains and not same:  # a model of other flags or inputs must not be taken up
@@ -75,7 +79,8 @@ class Recipe:
     """The stages on one dataset: each method runs some of them, and returns the name of the file that it made."""
 
     def __init__(self, args, folder, dataset):
-        self.args, self.folder, self.stage = args, folder, Pipeline(folder)
+        self.args, self.folder = args, folder
+        self.stage = Pipeline(folder, data.fingerprints(args.data) if args.data else None)
         self.data = ["--data", dataset]
         self.common = ["--seed", args.seed, "--device", args.device, "--precision", args.precision]
 
@@ -83,7 +88,11 @@ class Recipe:
         return str(self.folder / name)
 
     def steps(self, module):
-        return ["--steps", max(1, round(self.args.effort * module.PRESETS["fast"]["steps"])), *self.common]
+        preset = module.PRESETS["fast"]
+        with data.open_file(self.data[1]) as file:
+            smallest = min(min(group["noisy"].shape[1:]) for group in file["volumes"].values())
+        steps = max(1, round(self.args.effort * preset["steps"]))
+        return ["--steps", steps, "--crop", min(preset["crop"], smallest), *self.common]
 
     def train(self, module, out, model, *flags):
         flags = [*self.data, *flags, "--model", self.path(model), *self.steps(module)]
@@ -92,22 +101,23 @@ class Recipe:
 
     def blind_spot_network(self):
         """Measures the noise in the noisy images alone, and trains with the blind spot that it asks for."""
-        self.stage(noise.main, "noise_first.json", "measure", *self.data)
-        spot = json.loads((self.folder / "noise_first.json").read_text())["blind_spot"]
+        self.model_of_noise = "noise_first.json"
+        self.stage(noise.main, self.model_of_noise, "measure", *self.data)
+        spot = json.loads((self.folder / self.model_of_noise).read_text())["blind_spot"]
         return self.train(bsn, "bsn_out.h5", "bsn.pt", "--blind-spot", spot)
 
     def recorrupted(self, estimate, rounds):
         """From a first estimate of the images; returns the files of the last denoised images and student."""
         start, mark = [], ""
         for k in range(1, rounds + 1):
-            model = f"noise{mark}.json"
-            self.stage(noise.main, model, "measure", *self.data, "--pred", self.path(estimate))
-            flags = ["--noise", self.path(model)]
+            self.model_of_noise = f"noise{mark}.json"
+            self.stage(noise.main, self.model_of_noise, "measure", *self.data, "--pred", self.path(estimate))
+            flags = ["--noise", self.path(self.model_of_noise)]
             if k == 1:
                 flags_of_posterior = [*self.data, "--pred", self.path(estimate), *flags]
                 self.stage(posterior.main, "posterior_out.h5", *flags_of_posterior)
                 estimate = "posterior_out.h5"
-            out, student = f"distill{mark}_out.h5", f"student{mark}.pt"
+            out, student = f"recorrupted{mark}_out.h5", f"recorrupted{mark}.pt"
             self.train(distill, out, student, "--target", "recorrupted", "--pred", self.path(estimate), *flags, *start)
             estimate, start, mark = out, ["--init", self.path(student)], f"_round{k + 1}"
         return out, student
@@ -136,11 +146,10 @@ def denoise(args):
     recipe = Recipe(args, folder, args.data)
     out, student = getattr(recipe, args.recipe)(recipe.blind_spot_network(), args.rounds)
     for made, name in ((out, "denoised.h5"), (student, "student.pt")):
-        if made != name:
-            with runtime.whole(folder / name) as temporary:
-                shutil.copyfile(folder / made, temporary)
+        with runtime.whole(folder / name) as temporary:
+            shutil.copyfile(folder / made, temporary)
     print(f"\nDenoised: {folder / 'denoised.h5'}; the student: {folder / 'student.pt'}\n")
-    known = ["--noise", recipe.path("noise.json")] if args.recipe == "recorrupted" else []
+    known = ["--noise", recipe.path(recipe.model_of_noise)]
     evaluate.main(["--no-reference", *recipe.data, "--pred", str(folder / "denoised.h5"), "--split", "all", *known])
 
 
@@ -176,8 +185,8 @@ def demo(args):
     print()
     evaluate.main([*noisy, "--pred", *preds, "--json", path("results.json"), "--figure", path("report.png")])
     print(f"\n{verdict(json.loads((folder / 'results.json').read_text()))}\n")
-    evaluate.main(["--no-reference", *noisy, "--noise", path("noise.json"), "--pred", f"student={path(ours)}"])
-    seconds = {name: done["seconds"] for name, done in stage.done.items()}
+    evaluate.main(["--no-reference", *noisy, "--noise", path(recipe.model_of_noise), "--pred", f"student={path(ours)}"])
+    seconds = {name: done["seconds"] for name, done in stage.done.items() if name != "data"}
     print(
         f"\nSeconds: {', '.join(f'{name} {s:.0f}' for name, s in seconds.items())}; "
         f"this call {time.monotonic() - started:.0f}. Figure: {path('report.png')}"

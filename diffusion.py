@@ -30,7 +30,8 @@ learn to find the noise there (leak). Beyond the paper, two ways not to let it:
 
     --condition plain       x_c as it is: the paper (default)
     --condition hidden      one class of pixels at a time is hidden from the blind-spot network, and the loss is on that
-                            class alone (needs bsn.py --hidden); sampling takes x_c as it is
+                            class alone (needs bsn.py --hidden); sampling takes x_c as it is. For white noise: what
+                            correlated noise of a pixel leaves in its neighbours is not hidden
     --condition augmented   Gaussian noise of about the image's own level is added to x_c, in training and in sampling,
                             where it is averaged over the pairs
 
@@ -187,7 +188,9 @@ def diffusion_loss(network, x0, c, abar, t, eps, predict="eps", mask=None):
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
     out = network(x_t, c, t).float()
     error = out - velocity(x0, eps, a) if predict == "v" else predicted_eps(out, x_t, a, predict) - eps
-    return error.abs().mean() if mask is None else (error.abs() * mask).sum() / mask.sum()
+    if mask is None:
+        return error.abs().mean()
+    return ((error.abs() * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)).mean()
 
 
 def eps_model(network, abar, predict="eps"):
@@ -283,7 +286,7 @@ def read_hidden(path, names):
         masks[name] = np.zeros((slices, classes, h, w), np.uint8)
         stride, offsets = int(attrs[name]["hidden_stride"]), attrs[name]["hidden_offsets"]
         for s, k in np.ndindex(slices, classes):
-            row, column = offsets[s, k]
+            row, column = offsets[s % len(offsets), k]
             masks[name][s, k, row::stride, column::stride] = 1
     classes = min(array.shape[1] for array in hidden.values())
     return [[{name: a[:, k] for name, a in those.items()} for those in (hidden, masks)] for k in range(classes)]
@@ -311,7 +314,7 @@ def train(args, checkpoint=None):
         )
         if args.condition == "augmented":
             model_of_noise = noise.given(args.noise, args.data, args.cond)
-            variances = [noise.variance(model_of_noise, c[s]).mean() for c in c_all.values() for s in range(len(c))]
+            variances = [noise.variance(model_of_noise, c[s]).mean() for c in c_all.values() for s in range(c.shape[0])]
             form["augment"] = args.augment * float(np.mean(variances)) ** 0.5
             print(f"diffusion: noise of {form['augment']:.4f} is added to the condition", flush=True)
     hidden = read_hidden(args.cond, list(c_all)) if args.condition == "hidden" else None
@@ -330,7 +333,7 @@ def train(args, checkpoint=None):
         eps = runtime.gaussian(rng, args.batch, *y.shape[1:])[run.rank :: run.world]
         c, mask = more if hidden else (c, None)
         x0 = to_x(y, c, form)
-        if form["augment"]:
+        if form.get("augment"):
             c = c + form["augment"] * runtime.gaussian(rng, args.batch, *y.shape[1:])[run.rank :: run.world]
         x0, c, t, eps, mask = (z if z is None else z.to(where) for z in (x0, c, t, eps, mask))
         optimizer.zero_grad(set_to_none=True)

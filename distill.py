@@ -199,6 +199,10 @@ def train(args, checkpoint=None):
     inputs = dict(data=data.fingerprints(args.data))
     stacks, model_of_noise = [noisy], None
     if args.target == "recorrupted":
+        if checkpoint and not checkpoint["extra"].get("noise"):
+            raise ValueError(f"{args.model} was not trained by recorruption: it cannot resume so")
+        if not args.strength > 0:
+            raise ValueError(f"--strength {args.strength:g} is not positive")
         model_of_noise = checkpoint["extra"]["noise"] if checkpoint else noise.given(args.noise, args.data, args.pred)
         print(f"distill: {noise.summary(model_of_noise)}", flush=True)
         target = data.read_matching(args.pred, args.data, split="train") if args.pred else None
@@ -207,7 +211,7 @@ def train(args, checkpoint=None):
     else:
         target = data.read_matching(args.target, args.data, split="train")
     if target:
-        inputs["target"] = {n: data.fingerprint(x) for n, x in target.items()}
+        inputs["pred" if model_of_noise else "target"] = {n: data.fingerprint(x) for n, x in target.items()}
         noisy = {name: noisy[name] for name in target}
         stacks = [noisy, target]
     data.check_crop(noisy, args.crop)
@@ -243,7 +247,7 @@ def train(args, checkpoint=None):
         if model_of_noise:  # intensities of the clean image: a prediction's, or else a smoothed noisy image's
             means = more[0].numpy() if more else gaussian_filter(y.numpy(), (0, 0, 1.5, 1.5))
             mine = range(run.rank, args.batch, run.world)
-            z = [noise.sample(model_of_noise, m, runtime.step_rng(args.seed, step, j)) for j, m in zip(mine, means)]
+            z = [noise.sample(model_of_noise, m, runtime.step_rng(args.seed, step, 1, j)) for j, m in zip(mine, means)]
             more = [torch.from_numpy(np.stack(z))]
         y, x = (z.to(where, memory_format=torch.channels_last) for z in (y, *more))
         optimizer.zero_grad(set_to_none=True)

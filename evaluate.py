@@ -17,7 +17,7 @@ output that has not seen the noise of its own pixel, 1 for the noisy image.
 Without a clean image, the noise model (noise.py) says what y - output should look like if it were only noise:
 
     removed      its mean energy in units of the noise's: about 0.7 to 1; more means that structure went with it
-    whiteness    largest difference between its correlation and the noise's, up to 2 pixels apart
+    correlation  largest difference between its correlation and the noise's, up to 2 pixels apart
     structure    correlation of its energy (5x5 pixels, in units of the noise's) with the gradient of the output: 0 for
                  noise, above 0 if the residual is larger where the image has edges
     error        estimated root mean square error: from the file's `std` where a stage has one (posterior.py), for a
@@ -37,7 +37,7 @@ import data
 import noise
 import runtime
 
-TOO_LITTLE, TOO_MUCH, STRUCTURE, WHITENESS = 0.45, 1.15, 0.2, 0.15
+TOO_LITTLE, TOO_MUCH, STRUCTURE, CORRELATION = 0.45, 1.15, 0.2, 0.2
 PROTOCOL = "PSNR (dB) and SSIM: scikit-image, data_range 1, 7x7 window, per slice, not clipped; mean ± sd over slices."
 
 
@@ -108,22 +108,22 @@ def calibration(path, pred, split):
     x, error, std = (
         np.concatenate([np.ravel(a) for a in arrays])
         for arrays in (
-            [clean[v][s] for v in mean for s in range(len(mean[v]))],
-            [np.abs(mean[v][s] - clean[v][s]) for v in mean for s in range(len(mean[v]))],
-            [std[v][s] for v in mean for s in range(len(mean[v]))],
+            [clean[v][s] for v in mean for s in range(mean[v].shape[0])],
+            [np.abs(mean[v][s] - clean[v][s]) for v in mean for s in range(mean[v].shape[0])],
+            [std[v][s] for v in mean for s in range(mean[v].shape[0])],
         )
     )
     edges = np.quantile(x, np.linspace(0, 1, 5))
     group = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, 3)
     return [
-        (edges[k], edges[k + 1], *(float(np.mean(error[group == k] < n * std[group == k])) for n in (1, 2)))
+        (edges[k], edges[k + 1], *(float(np.mean(error[group == k] <= n * std[group == k])) for n in (1, 2)))
         for k in range(4)
         if np.any(group == k)
     ]
 
 
 def no_reference(y, x, model):
-    """What can be told of the slice x (H,W), denoised from y, without the clean image: {removed, whiteness, structure}.
+    """What can be told of the slice x (H,W), denoised from y, without the clean image: three measures.
 
     model: of the noise (noise.py). Everything is counted over the pixels where the model has noise.
     """
@@ -133,15 +133,18 @@ def no_reference(y, x, model):
     energy = np.square(residual).sum() / where.sum()
 
     def correlation(dy, dx):
-        a, b = residual[dy:, dx:], residual[: residual.shape[0] - dy, : residual.shape[1] - dx]
+        h, w = residual.shape
+        a = residual[dy:, max(dx, 0) : w + min(dx, 0)]
+        b = residual[: h - dy, max(-dx, 0) : w + min(-dx, 0)]
         return (a * b).sum() / max(np.sqrt(np.square(a).sum() * np.square(b).sum()), 1e-12)
 
-    table, lags = np.asarray(model["correlation"]), [(dy, dx) for dy in range(3) for dx in range(3) if dy or dx]
+    table, lags = np.asarray(model["correlation"]), [(dy, dx) for dy in range(3) for dx in range(-2, 3) if dy or dx > 0]
     off = max(abs(correlation(dy, dx) - table[noise.REACH + dy, noise.REACH + dx]) for dy, dx in lags)
     edges = np.hypot(*np.gradient(gaussian_filter(np.asarray(x, np.float64), 1)))
-    local = uniform_filter(np.square(residual), 5)
-    structure = np.corrcoef(local[where], edges[where])[0, 1] if where.any() and np.ptp(edges[where]) else 0.0
-    return dict(removed=energy, whiteness=off, structure=structure)
+    local = uniform_filter(np.square(residual), 5) / np.maximum(uniform_filter(where.astype(float), 5), 1e-6)
+    varied = np.ptp(local[where]) > 0 and np.ptp(edges[where]) > 0
+    structure = np.corrcoef(local[where], edges[where])[0, 1] if varied else 0.0
+    return {"removed": energy, "correlation error": off, "structure": structure}
 
 
 def verdict(m):
@@ -155,22 +158,25 @@ def verdict(m):
         said.append(
             f"what was removed is stronger at edges (correlation {m['structure']:.2f}): fine detail is lost there"
         )
-    if m["whiteness"] > WHITENESS:
-        said.append(f"what was removed is not correlated as the noise is (off by {m['whiteness']:.2f})")
+    if m["correlation error"] > CORRELATION:
+        said.append(f"what was removed is not correlated as the noise is (off by {m['correlation error']:.2f})")
     return "; ".join(said) or "what was removed looks like noise and nothing else"
 
 
 def report_without_reference(path, preds, split, model):
     """Prints the table and the verdicts for prediction files made from the dataset `path`; returns {name: measures}."""
     noisy, results = data.read_volumes(path, "noisy", split), {}
-    print("| method | removed | whiteness | structure | error | verdict |\n|---|---|---|---|---|---|")
+    print("| method | removed | correlation error | structure | error | verdict |\n|---|---|---|---|---|---|")
     for name, file in preds.items():
         out = data.read_matching(file, path, split=split)
-        pairs = [(noisy[v][s], x[s]) for v, x in out.items() for s in range(x.shape[0]) if np.ptp(noisy[v][s])]
+        pairs = [(noisy[v][s], x[s]) for v, x in out.items() for s in range(x.shape[0])]
+        pairs = [(y, x) for y, x in pairs if np.ptp(y) and noise.variance(model, x).max() > 0]
+        if not pairs:
+            raise ValueError(f"no slice of the {split} split of {path} has any noise according to the model")
         slices = [no_reference(y, x, model) for y, x in pairs]
         m = {key: float(np.mean([one[key] for one in slices])) for key in slices[0]}
         with data.open_file(file) as h5:
-            has_std, stage = "std" in next(iter(h5["volumes"].values())), h5.attrs["stage"]
+            has_std, stage = "std" in next(iter(h5["volumes"].values())), h5.attrs.get("stage")
         if stage == "bsn":
             excess = np.mean([np.square(y - x).mean() - noise.variance(model, x).mean() for y, x in pairs])
             m["error"] = float(max(excess, 0) ** 0.5)
@@ -178,9 +184,8 @@ def report_without_reference(path, preds, split, model):
             std = data.read_matching(file, path, "std", split=split)
             m["error"] = float(np.mean([np.square(s).mean() for volume in std.values() for s in volume]) ** 0.5)
         error = f"{m['error']:.4f}" if "error" in m else "-"
-        print(
-            f"| {name} | {m['removed']:.2f} | {m['whiteness']:.3f} | {m['structure']:+.2f} | {error} | {verdict(m)} |"
-        )
+        numbers = f"{m['removed']:.2f} | {m['correlation error']:.3f} | {m['structure']:+.2f}"
+        print(f"| {name} | {numbers} | {error} | {verdict(m)} |")
         results[name] = m
     return results
 
@@ -260,17 +265,20 @@ def main(argv=None):
     methods = {"noisy": measure(args.data, None, args.split)}
     methods |= {name: measure(args.data, path, args.split) for name, path in preds.items()}
     print(markdown(methods))
-    if args.calibration:
-        print("\n| method | clean intensity | within 1 std | within 2 std |\n|---|---|---|---|")
-        for name, path in preds.items():
-            for low, high, one, two in calibration(args.data, path, args.split):
-                print(f"| {name} | {low:.2f} to {high:.2f} | {one:.3f} | {two:.3f} |")
     if args.figure:
         figure(args.data, preds, args.split, args.figure)
     results = {name: summary(slices) for name, slices in methods.items()}
     for (a, b), p in comparisons(methods).items():
         results[a].setdefault("p", {})[b] = results[b].setdefault("p", {})[a] = p
     write_json(results, args.json)
+    if args.calibration:
+        print("\n| method | clean intensity | within 1 std | within 2 std |\n|---|---|---|---|")
+        for name, path in preds.items():
+            with data.open_file(path) as file:
+                if file.attrs.get("stage") == "bsn" or "std" not in next(iter(file["volumes"].values())):
+                    continue  # no uncertainty, or that of y
+            for low, high, one, two in calibration(args.data, path, args.split):
+                print(f"| {name} | {low:.2f} to {high:.2f} | {one:.3f} | {two:.3f} |")
 
 
 def write_json(results, path):

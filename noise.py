@@ -273,7 +273,9 @@ def measure_correlation(images, means=None):
     # The outermost ring shows how far entries that should be 0 are off: shrink what does not stand out (Stein).
     offset = np.abs(np.arange(-REACH, REACH + 1))
     doubt = np.sqrt(np.square(table[np.maximum.outer(offset, offset) >= REACH - 1]).mean())
-    return table * np.maximum(1 - np.square(2.5 * doubt) / np.maximum(np.square(table), 1e-12), 0)
+    table = table * np.maximum(1 - np.square(2.5 * doubt) / np.maximum(np.square(table), 1e-12), 0)
+    table[REACH, REACH] = 1
+    return table
 
 
 def measure_levels(images, correlation, means=None):
@@ -370,8 +372,10 @@ PIXELS = 8_000_000  # as many as measuring looks at, evenly spread over all slic
 
 
 def measure_file(path, pred=None):
-    """The model of the noise in a dataset file; `pred`, a prediction file made from it, helps."""
-    volumes = data.read_volumes(path)
+    """The model of the noise in the train split of a dataset file (all of it, if there is none); `pred`, a prediction
+    file made from it, helps."""
+    splits = {attrs.get("split", "train") for attrs in data.read_attrs(path)[1].values()}
+    volumes = data.read_volumes(path, "noisy", "train" if "train" in splits else None)
     means = data.read_matching(pred, path) if pred else None
     volumes = {name: v for name, v in volumes.items() if means is None or name in means}
     slices = [(name, s) for name, v in volumes.items() for s in range(v.shape[0])]
@@ -381,8 +385,9 @@ def measure_file(path, pred=None):
     images = [np.asarray(volumes[name][s]) for name, s in slices]
     attrs = data.read_attrs(path)[1]
     lowest = min(
-        image.min() * attrs[name].get("scale", 1) + attrs[name].get("offset", 0)
+        float(end) * attrs[name].get("scale", 1) + attrs[name].get("offset", 0)
         for image, (name, _) in zip(images, slices)
+        for end in (image.min(), image.max())  # an inverted volume has a negative scale
     )
     means = None if means is None else [np.asarray(means[name][s]) for name, s in slices]
     return measure(images, means, magnitude=bool(lowest >= 0))
@@ -399,15 +404,23 @@ def given(text, path=None, pred=None):
             level, correlation = runtime.fraction(level), float(correlation or 0)
         except (ValueError, argparse.ArgumentTypeError):
             level, correlation = 0, 0
-        if not level > 0 or correlation < 0:
+        if not 0 < level < np.inf or not 0 <= correlation <= REACH:
             raise ValueError(f"--noise {text}: give kind:level or kind:level:correlation, such as gaussian:6/255:1.2")
         return known(kind, level, correlation)
     if not Path(text).is_file():
         raise ValueError(f"--noise {text}: neither measured, nor one of {', '.join(KINDS)}:level, nor a file")
     try:
         model = json.loads(Path(text).read_text())
-        return described(model["variance"], np.array(model["correlation"], float).reshape(2 * REACH + 1, -1))
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+        coefficients = np.array(model["variance"], float)
+        table = np.array(model["correlation"], float)
+        if coefficients.shape != (3,) or table.shape != (2 * REACH + 1,) * 2:
+            raise ValueError(f"shapes {coefficients.shape} and {table.shape}")
+        if not (0 <= coefficients).all() or not 0 < coefficients.sum() < np.inf:
+            raise ValueError(f"variance {coefficients}")
+        if not np.isfinite(table).all() or not np.isclose(table[REACH, REACH], 1):
+            raise ValueError("correlation that is not 1 in the centre, or not finite")
+        return described(coefficients, table)
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{text} is not a noise model of `noise.py measure`: {error!r}") from None
 
 

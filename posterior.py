@@ -127,10 +127,8 @@ def predict(args):
             pred, std = new_volume(name, mu.shape, ["pred", "std"])
             factor = 1.0
             if args.variance == "spread":
-                factor = (
-                    data.rms_difference({name: noisy[name]}, {name: mu})
-                    / (sum(np.square(s).mean() for s in spread[name]) / len(mu)) ** 0.5
-                )
+                energy = np.mean([np.square(spread[name][s]).mean() for s in range(mu.shape[0])])
+                factor = data.rms_difference({name: noisy[name]}, {name: mu}) / max(energy, 1e-12) ** 0.5
             for s in range(mu.shape[0]):
                 deviation = None if spread is None else factor * spread[name][s]
                 pred[s], std[s] = estimate(noisy[name][s], mu[s], model, args.variance, deviation)

@@ -285,7 +285,8 @@ class Training:
         self.fixed = dict(stage=stage, model_args=model_args, extra=extra or {}, inputs=inputs or {})
         self.rank, self.world = processes()
         if checkpoint:
-            changed = [name for name, marks in (inputs or {}).items() if checkpoint["inputs"].get(name) != marks]
+            inputs, before = inputs or {}, checkpoint["inputs"]
+            changed = [name for name in {**inputs, **before} if inputs.get(name) != before.get(name)]
             if changed:
                 raise ValueError(f"{args.model} was trained with other data as --{changed[0]}: it cannot resume")
             if checkpoint["step"] > args.steps:

@@ -112,11 +112,11 @@ def predict(args):
 
                 c = c.to(where)
 
-                def condition(k, c=c, noise=noise):  # as in training: with fresh noise on it, if it was trained so
+                def given(k, c=c, noise=noise):  # as in training: with fresh noise on it, if it was trained so
                     return diffusion.scaled(c + augment * noise(k + 1_000_000) if augment else c)
 
                 with runtime.autocast(where, args.precision):
-                    mean, std = sample(eps_model, condition, noise, abar, args.mode, args.pairs, steps)
+                    mean, std = sample(eps_model, given, noise, abar, args.mode, args.pairs, steps)
                 out[0][rows] = diffusion.to_image(mean, c, form)[:, 0].cpu()
                 if std is not None:
                     out[1][rows] = (std * diffusion.unit(form))[:, 0].cpu()

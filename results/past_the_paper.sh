@@ -1,5 +1,6 @@
 #!/bin/bash
-# One cell of results/past_the_paper.md: every student at one budget, on one dataset with one noise and one seed.
+# One cell of results/past_the_paper.md: every student with the same network, steps and data; one noise, one seed.
+# The seed is that of the training; the noise is added once, by its own seed.
 #
 #   results/past_the_paper.sh CLEAN.h5 KIND:LEVEL[:CORRELATION] SEED FOLDER [FLAGS...]
 #
@@ -8,7 +9,7 @@ set -e
 clean=$1 spec=$2 seed=$3 out=$4; shift 4
 IFS=: read -r kind level correlation <<< "$spec"
 main=$(cd "$(dirname "$0")/.." && pwd) python=${PYTHON:-python}
-bsn_steps=1500 diffusion_steps=700 student_steps=800
+hidden= bsn_steps=1500 diffusion_steps=700 student_steps=800
 mkdir -p "$out"; cd "$out"; [ "${clean:0:1}" = / ] || clean=$OLDPWD/$clean
 make() { local file=$1 script=$2; shift 2; [ -e "$file" ] || "$python" "$main/$script.py" "$@" >> log.txt 2>&1; }
 student() { local name=$1; shift; make "$name.h5" distill --data noisy.h5 --seed "$seed" --split test \
@@ -16,13 +17,14 @@ student() { local name=$1; shift; make "$name.h5" distill --data noisy.h5 --seed
 srds() { # condition: diffusion model, its SRDS mean, a student of it
     make "$1.pt" diffusion --data noisy.h5 --cond bsn.h5 --seed "$seed" --steps $diffusion_steps --condition "$1" \
         --noise noise.json --model "$1.pt"
-    make "srds_$1.h5" srds --cond bsn.h5 --model "$1.pt" --out "srds_$1.h5" $2
+    make "srds_$1.h5" srds --cond bsn.h5 --model "$1.pt" --steps 2 --out "srds_$1.h5" $2
     student "student_$1" --target "srds_$1.h5" --steps $student_steps; }
 
 make noisy.h5 noise add --data "$clean" --kind "$kind" --level "$level" --correlation "${correlation:-0}" --out noisy.h5
 make first.json noise measure --data noisy.h5 --out first.json
 spot=$("$python" -c "import json; print(json.load(open('first.json'))['blind_spot'])")
-make bsn.h5 bsn --data noisy.h5 --blind-spot "$spot" --steps $bsn_steps --seed "$seed" --hidden --model bsn.pt --out bsn.h5
+case " $* " in *" conditions "*) hidden=--hidden ;; esac
+make bsn.h5 bsn --data noisy.h5 --blind-spot "$spot" --steps $bsn_steps --seed "$seed" $hidden --model bsn.pt --out bsn.h5
 make noise.json noise measure --data noisy.h5 --pred bsn.h5 --out noise.json
 make nlm.h5 baselines --data noisy.h5 --noise noise.json --split test --out nlm.h5
 make posterior.h5 posterior --data noisy.h5 --pred bsn.h5 --noise noise.json --out posterior.h5
@@ -35,7 +37,7 @@ rows="nlm bsn posterior srds_plain posterior_srds supervised student_plain stude
 for flag in "$@"; do
     if [ "$flag" = conditions ]; then
         srds hidden
-        srds augmented "--pairs 2 --steps 2"
+        srds augmented "--pairs 2"
         make posterior_hidden.h5 posterior --data noisy.h5 --pred srds_hidden.h5 --noise noise.json --out posterior_hidden.h5
         make posterior_augmented.h5 posterior --data noisy.h5 --pred srds_augmented.h5 --noise noise.json \
             --out posterior_augmented.h5

@@ -1,6 +1,6 @@
 """results/past_the_paper.md from the cells of past_the_paper.sh: python results/past_the_paper_table.py FOLDER...
 
-A FOLDER/DATA-NOISE-SEED/ holds cell.json and noise.json. PSNR in dB and leak; the row nearest to `supervised` is bold.
+A FOLDER/DATA-NOISE-SEED/ holds cell.json. The number of seeds stands in brackets.
 """
 
 import json
@@ -13,7 +13,7 @@ ROWS = {
     "bsn": "blind-spot network",
     "posterior": "blind-spot network, posterior update",
     "posterior_oracle": "the same, noise known",
-    "srds_plain": "SRDS pair (paper)",
+    "srds_plain": "SRDS pair, residual form, 2 steps",
     "posterior_srds": "SRDS pair, posterior update",
     "srds_hidden": "SRDS pair, hidden condition",
     "posterior_hidden": "the same, posterior update",

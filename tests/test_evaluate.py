@@ -85,10 +85,12 @@ def test_report_without_reference(tmp_path):
     done = ok("evaluate", *flags, cwd=tmp_path).stdout
     r = json.loads((tmp_path / "r.json").read_text())
     assert r["clean"]["removed"] == pytest.approx(1, abs=0.03) and r["left"]["removed"] == pytest.approx(0.09, abs=0.01)
-    assert r["clean"]["whiteness"] < 0.03 and abs(r["clean"]["structure"]) < 0.1
+    assert r["clean"]["correlation error"] < 0.03 and abs(r["clean"]["structure"]) < 0.1
     assert r["smooth"]["structure"] > 0.3 and r["smooth"]["removed"] > 1.3
     lines = {line.split("|")[1].strip(): line for line in done.splitlines() if line.startswith("|")}
     assert "noise and nothing else" in lines["clean"] and "noise is left" in lines["left"]
+    assert "noise is left" not in lines["most"] and r["most"]["removed"] == pytest.approx(0.49, abs=0.02)
+    assert "not correlated as the noise is" in lines["smooth"] and r["smooth"]["correlation error"] > 0.2
     assert "structure went with it" in lines["smooth"] and "edges" in lines["smooth"]
 
 

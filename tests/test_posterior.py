@@ -1,5 +1,7 @@
 """Stage 4: the posterior update, against closed forms and on noise of known power."""
 
+import json
+
 import numpy as np
 import pytest
 from conftest import ok, run
@@ -86,11 +88,18 @@ def test_command(made, tmp_path):
 
 def test_refuses(made, tmp_path):
     flags = ["--data", made / "knee.h5", "--pred", made / "bsn_out.h5", "--out", tmp_path / "out.h5"]
+    model = noise.known("gaussian", 0.1)
+    (tmp_path / "negative.json").write_text(json.dumps(model | dict(variance=[-1, 0, 0])))
+    (tmp_path / "short.json").write_text(json.dumps(model | dict(correlation=[[1.0]])))
     for wrong, words in (
         (["--noise", "gaussian"], "kind:level"),
         (["--noise", "gaussian:-1"], "kind:level"),
         (["--noise", "nowhere.json"], "neither measured"),
         (["--noise", str(made / "knee.h5")], "not a noise model"),
+        (["--noise", "gaussian:inf"], "kind:level"),
+        (["--noise", "gaussian:0.1:inf"], "kind:level"),
+        (["--noise", "negative.json"], "not a noise model"),
+        (["--noise", "short.json"], "not a noise model"),
         (["--noise", "gaussian:0.1", "--variance", "predicted"], "no 'std'"),
         ([], "too few blocks"),
     ):
