@@ -40,7 +40,7 @@ import srds
 
 LEVEL = "6/255"  # of the demo's Gaussian noise; the paper's
 NLM, SINGLE, PAIR = "non-local means, level known", "one sample, 25 steps", "SRDS pair, 25 steps"
-OURS, PAPER, BOUND = "student", "student of the paper's recipe", "supervised: the student's network, clean images"
+OURS, PAPER, BOUND = "student", "student of the paper's recipe", "supervised"
 
 
 class Pipeline:
@@ -183,7 +183,9 @@ def demo(args):
     }
     preds = [f"{name}={path(file)}" for name, file in rows.items()]
     print()
-    evaluate.main([*noisy, "--pred", *preds, "--json", path("results.json"), "--figure", path("report.png")])
+    evaluate.main([*noisy, "--pred", *preds, "--json", path("results.json")])
+    shown = {name: path(rows[name]) for name in (NLM, PAIR, PAPER, OURS, BOUND)}
+    evaluate.figure(noisy[1], shown, "test", path("report.png"))
     print(f"\n{verdict(json.loads((folder / 'results.json').read_text()))}\n")
     evaluate.main(["--no-reference", *noisy, "--noise", path(recipe.model_of_noise), "--pred", f"student={path(ours)}"])
     seconds = {name: done["seconds"] for name, done in stage.done.items() if name != "data"}

@@ -26,6 +26,7 @@ Without a clean image, the noise model (noise.py) says what y - output should lo
 
 import itertools
 import json
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -216,7 +217,7 @@ def figure(dataset, preds, split, out):
         score = "" if title == "clean" else "\n{:.2f} dB / {:.3f}".format(*psnr_ssim(image, x))
         column[0].imshow(image, cmap="gray", vmin=low, vmax=high)
         column[0].add_patch(plt.Rectangle((left, top), side, side, fill=False, edgecolor="tab:orange"))
-        column[0].set_title(title + score, fontsize=8)
+        column[0].set_title(textwrap.fill(title, 26) + score, fontsize=8)
         column[1].imshow(image[top : top + side, left : left + side], cmap="gray", vmin=low, vmax=high)
         shown = column[2].imshow(image - x, cmap="RdBu_r", vmin=-scale, vmax=scale)
         for ax in column:

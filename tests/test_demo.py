@@ -21,7 +21,7 @@ def test_demo_and_its_resume(tmp_path):
         "student of the paper's recipe",
         "blind-spot network, posterior update",
         "student",
-        "supervised: the student's network, clean images",
+        "supervised",
     ]
     assert abs(results["noisy"]["psnr"] - 32.57) < 0.03 and results["noisy"]["n"] == 12
     assert abs(results["blind-spot network"]["leak"]) < 0.01
