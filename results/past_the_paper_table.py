@@ -13,7 +13,7 @@ ROWS = {
     "bsn": "blind-spot network",
     "posterior": "blind-spot network, posterior update",
     "posterior_oracle": "the same, noise known",
-    "srds_plain": "SRDS pair, residual form, 2 steps",
+    "srds_plain": "SRDS pair, residual form",
     "posterior_srds": "SRDS pair, posterior update",
     "srds_hidden": "SRDS pair, hidden condition",
     "posterior_hidden": "the same, posterior update",
