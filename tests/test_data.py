@@ -290,9 +290,13 @@ def test_self_supervised_stages_never_open_clean(made, tmp_path):
         ok("diffusion", "--data", "knee.h5", "--cond", "bsn_out.h5", *TINY["diffusion"], cwd=folder)
         ok("srds", "--cond", "bsn_out.h5", "--steps", 2, cwd=folder)
         ok("distill", "--data", "knee.h5", "--target", "srds_out.h5", *TINY["distill"], cwd=folder)
+        known = ["--data", "knee.h5", "--pred", "bsn_out.h5", "--noise", "gaussian:6/255"]
+        ok("posterior", *known, cwd=folder)
+        recorrupted = ["--target", "recorrupted", "--out", "recorrupted_out.h5", "--model", "r.pt"]
+        ok("distill", *known, *recorrupted, *TINY["distill"], cwd=folder)
         runs[kind] = [
             data.fingerprint(a)
-            for f in ("bsn_out.h5", "srds_out.h5", "distill_out.h5")
+            for f in ("bsn_out.h5", "srds_out.h5", "distill_out.h5", "posterior_out.h5", "recorrupted_out.h5")
             for a in data.read_volumes(folder / f, "pred").values()
         ]
     assert runs["with"] == runs["without"] == runs["nan"]

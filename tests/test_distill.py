@@ -103,9 +103,13 @@ def test_recorruption_loss_is_the_supervised_loss_without_the_clean_image():
 
 
 def test_noises_of_recorruption_are_uncorrelated():
-    """y + a z and y - z / a: no correlation of their noises at any offset, within the sampling error."""
+    """y + a z and y - z / a: no correlation of their noises at any offset, within the sampling error.
+
+    The noise n of y is made by `noise.add`, z is drawn from the model: a wrong level or correlation of z shows.
+    """
     model, rng = noise.known("gaussian", 1.0, 1.2), np.random.default_rng(0)
-    n, z = (noise.sample(model, np.zeros((64, 64, 64), np.float32), rng) for _ in range(2))
+    zero = np.zeros((64, 64, 64), np.float32)
+    n, z = np.stack([noise.add(x, "gaussian", 1.0, 1.2, rng) for x in zero]), noise.sample(model, zero, rng)
     one, other = n + 0.3 * z, n - z / 0.3
     for dy, dx in ((0, 0), (0, 1), (1, 0), (2, 2)):
         product = one[:, dy:, dx:] * other[:, : 64 - dy, : 64 - dx]
