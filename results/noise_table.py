@@ -18,6 +18,7 @@ from skimage.restoration import denoise_nl_means
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
+import measure
 import noise
 import runtime
 
@@ -49,7 +50,8 @@ for source in args.sources:
             for factor in (0.5, 1, 2):
                 scaled = level * factor if kind == "gaussian" else level / factor**2
                 noisy = [noise.add(x, kind, scaled, correlation, runtime.step_rng(0, s)) for s, x in enumerate(images)]
-                model, truth = noise.measure(noisy), noise.known(kind, scaled, correlation)
+                lowest = min(x.min() for x in noisy)  # as the command does: never negative, a magnitude
+                model, truth = measure.measure(noisy, magnitude=lowest >= 0), noise.known(kind, scaled, correlation)
                 off.append(float(np.sqrt(noise.variance(model, middle) / noise.variance(truth, middle)) - 1))
                 apart.append(np.abs(np.array(model["correlation"]) - truth["correlation"])[near, near].max())
                 forms.append(model["form"])

@@ -1,0 +1,123 @@
+"""Noise measured from noisy images alone: level, form, correlation, blind spot; what must not fool it."""
+
+import io
+
+import numpy as np
+import pytest
+from conftest import ellipses, ok, run
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+import data
+import measure
+import noise
+
+
+def phantom(slices=12, side=192, seed=0):
+    """Ellipses with soft edges and a gentle gradient: some structure everywhere, flat areas of many intensities."""
+    images = gaussian_filter(ellipses(np.random.default_rng(seed), slices, side, side), (0, 1, 1))
+    return list(0.05 + 0.85 * images + 0.05 * np.linspace(0, 1, side))
+
+
+@pytest.mark.parametrize("correlation", [0, 0.5, 1.2])
+@pytest.mark.parametrize("kind, level", [("gaussian", 6 / 255), ("poisson", 200), ("gamma", 100)])
+def test_measured_from_the_images_alone(kind, level, correlation):
+    """Level within 6 %, correlation with the neighbours within 0.06, the blind spot that the paper uses, the form."""
+    truth, rng = noise.known(kind, level, correlation), np.random.default_rng(1)
+    model = measure.measure([noise.add(x, kind, level, correlation, rng) for x in phantom()])
+    x = np.array([0.2, 0.4, 0.6])
+    off = np.sqrt(noise.variance(model, x) / noise.variance(truth, x)) - 1
+    assert np.abs(off).mean() < 0.06, off
+    near = slice(noise.REACH - 2, noise.REACH + 3)
+    table, true = np.array(model["correlation"]), np.array(truth["correlation"])
+    assert np.abs(table - true)[near, near].max() < 0.06
+    assert model["blind_spot"] == {0: 1, 0.5: 5, 1.2: 9}[correlation]
+    assert model["form"] == {"gaussian": "gaussian", "poisson": "poisson-gaussian", "gamma": "gamma"}[kind]
+
+
+def test_masked_background_does_not_fool_it():
+    """Half of each image set to 0, as skull-stripping does: the level is that of the rest."""
+    rng = np.random.default_rng(0)
+    images = [noise.add(x, "gaussian", 6 / 255, 0, rng) for x in phantom()]
+    for image in images:
+        image[:, :96] = 0
+    model = measure.measure(images)
+    assert np.sqrt(noise.variance(model, 0.4)) == pytest.approx(6 / 255, rel=0.06)
+
+
+def test_rician_background_does_not_fool_it():
+    """Magnitudes of complex Gaussian noise: at black the deviation is 0.66 of what it is elsewhere, and is left out."""
+    rng, s = np.random.default_rng(0), 12 / 255
+    images = []
+    for x in phantom():
+        x = np.where(x > 0.3, x, 0)
+        images.append(np.hypot(x + rng.normal(0, s, x.shape), rng.normal(0, s, x.shape)).astype(np.float32))
+    model = measure.measure(images, magnitude=True)
+    assert np.sqrt(noise.variance(model, 0.6)) == pytest.approx(s, rel=0.06)
+
+
+def test_anisotropic_noise():
+    """Zero-filled lines of k-space: correlation along one axis only."""
+    rng = np.random.default_rng(0)
+    images = []
+    for x in phantom():
+        k = np.fft.fft2(rng.normal(0, 6 / 255, x.shape))
+        k[48:144] = 0
+        images.append((x + np.fft.ifft2(k).real).astype(np.float32))
+    table = np.array(measure.measure(images)["correlation"])
+    assert table[noise.REACH + 1, noise.REACH] == pytest.approx(2 / np.pi, abs=0.08)
+    assert abs(table[noise.REACH, noise.REACH + 1]) < 0.05
+
+
+def test_expected_periodogram():
+    """The exact mean of `periodogram` for correlated noise, against the mean over many blocks."""
+    model = noise.known("gaussian", 1.0, 0.5)
+    n = noise.sample(model, np.zeros((400, 64, 64), np.float32), np.random.default_rng(0))
+    found = measure.periodogram(measure.in_blocks(n, 8)).mean(0)
+    np.testing.assert_allclose(found, measure.expected(np.array(model["correlation"]), 8), atol=0.03, rtol=0.03)
+
+
+def test_choosing_quiet_blocks_does_not_bias():
+    """White noise alone: the 2 % flattest blocks measure the level of all."""
+    power = measure.periodogram(np.random.default_rng(0).standard_normal((20000, 16, 16)))
+    low = measure.halves(16)[0] < 0.25
+    found = measure.flattest(power, power, low, 400)
+    assert found[~low].mean() == pytest.approx(1, abs=0.01) and found[low][9:].mean() == pytest.approx(1, abs=0.04)
+    _, even = measure.halves(16)
+    naive = power[np.argsort(power[:, low].sum(1))[:400]].mean(0)
+    assert naive[low & even].mean() < 0.8  # what it would be without the two halves
+
+
+def test_measure_command(made, tmp_path):
+    """Prints and writes the model; refuses images too small to tell."""
+    rng = np.random.default_rng(0)
+    with data.write_volumes(tmp_path / "a.h5", "dataset", "test") as add:
+        (y,) = add("v", (12, 192, 192), ["noisy"], split="train", scale=1.0, offset=0.0, source="phantom")
+        y[:] = np.stack([noise.add(x, "poisson", 200, 0, rng) for x in phantom()])
+    done = ok("noise", "measure", "--data", "a.h5", "--out", "noise.json", cwd=tmp_path)
+    assert "poisson-gaussian" in done.stdout and "blind spot to use: 1" in done.stdout
+    assert noise.given(str(tmp_path / "noise.json"))["blind_spot"] == 1
+    done = run("noise", "measure", "--data", made / "knee.h5", cwd=tmp_path)
+    assert done.returncode == 2 and "too few blocks" in done.stderr
+
+
+@pytest.mark.parametrize("side", [128, 256])
+def test_one_image_is_enough(side):
+    """A single slice: level within 12 %, and the blind spot."""
+    y = noise.add(phantom(1, side)[0], "gaussian", 12 / 255, 0, np.random.default_rng(0))
+    model = measure.measure([y])
+    assert np.sqrt(noise.variance(model, 0.4)) == pytest.approx(12 / 255, rel=0.12) and model["blind_spot"] == 1
+
+
+def test_jpeg_is_told_from_images_that_never_were():
+    """Stored at quality 75 and read back, the noise of flat areas is gone: it shows, at any crop."""
+    rng, images, stored = np.random.default_rng(0), [], []
+    for x in phantom(4, 192):
+        images.append(noise.add(x, "gaussian", 8 / 255, 0, rng))
+        file = io.BytesIO()
+        Image.fromarray(np.clip(255 * images[-1], 0, 255).astype(np.uint8)).save(file, "JPEG", quality=75)
+        stored.append(np.asarray(Image.open(file), np.float32)[3:, 5:] / 255)
+    assert measure.jump(stored) > 1.2 and measure.jump(images) < 1.02 and measure.jump(phantom(4, 192)) < 1.02
+    assert measure.measure(images)["compressed"] is False
+    with pytest.raises(ValueError, match="too few blocks.*JPEG"):  # nothing is left to measure
+        measure.measure(stored)
