@@ -12,8 +12,9 @@
 Recipes:
 
     recorrupted   the noise is measured with the help of a blind-spot network and the posterior update; the student
-                  learns from the noisy images and from more of that noise, by recorruption (default)
-    paper         blind-spot network, diffusion, SRDS, student of the SRDS mean: Demir, Liu et al.
+                  learns from the noisy images and from more of that noise, by recorruption
+    paper         blind-spot network, diffusion, SRDS, student of the SRDS mean: Demir, Liu et al.; needs no noise model
+    auto          recorrupted, but paper if the images were stored as JPEG: no noise model holds for those (default)
 
 --rounds N goes on from the last result (the paper's Table 4): it is the next round's condition, or the prediction from
 which the noise is measured again. The demo adds Gaussian noise of 6/255 to the MNI152 brain once, runs both recipes on
@@ -144,7 +145,13 @@ def denoise(args):
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(args, folder, args.data)
-    out, student = getattr(recipe, args.recipe)(recipe.blind_spot_network(), args.rounds)
+    estimate = recipe.blind_spot_network()
+    name = args.recipe
+    if name == "auto":
+        model = json.loads((folder / recipe.model_of_noise).read_text())
+        name = "paper" if model["compressed"] else "recorrupted"
+        print(f"denoise: recipe {name}{': the images were stored as JPEG' if model['compressed'] else ''}", flush=True)
+    out, student = getattr(recipe, name)(estimate, args.rounds)
     for made, name in ((out, "denoised.h5"), (student, "student.pt")):
         with runtime.whole(folder / name) as temporary:
             shutil.copyfile(folder / made, temporary)
@@ -222,7 +229,7 @@ def main(argv=None):
     what.add_argument("--data", help="dataset (.h5) to denoise")
     what.add_argument("--demo", action="store_true", help="the built-in brain, both recipes, and a table")
     p.add_argument("--out", help="folder for everything (default demo with --demo, else denoised)")
-    p.add_argument("--recipe", choices=("recorrupted", "paper"), default="recorrupted", help="default recorrupted")
+    p.add_argument("--recipe", choices=("auto", "recorrupted", "paper"), default="auto", help="default auto")
     p.add_argument("--rounds", type=runtime.positive, default=1, help="go on from the last result (default 1)")
     p.add_argument("--effort", type=float, default=1.0, help="multiplies the training steps of each stage (default 1)")
     args = p.parse_args(argv)

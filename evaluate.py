@@ -170,20 +170,24 @@ def report_without_reference(path, preds, split, model):
     print("| method | removed | correlation error | structure | error | verdict |\n|---|---|---|---|---|---|")
     for name, file in preds.items():
         out = data.read_matching(file, path, split=split)
-        pairs = [(noisy[v][s], x[s]) for v, x in out.items() for s in range(x.shape[0])]
-        pairs = [(y, x) for y, x in pairs if np.ptp(y) and noise.variance(model, x).max() > 0]
-        if not pairs:
-            raise ValueError(f"no slice of the {split} split of {path} has any noise according to the model")
-        slices = [no_reference(y, x, model) for y, x in pairs]
-        m = {key: float(np.mean([one[key] for one in slices])) for key in slices[0]}
         with data.open_file(file) as h5:
             has_std, stage = "std" in next(iter(h5["volumes"].values())), h5.attrs.get("stage")
-        if stage == "bsn":
-            excess = np.mean([np.square(y - x).mean() - noise.variance(model, x).mean() for y, x in pairs])
-            m["error"] = float(max(excess, 0) ** 0.5)
-        elif has_std and stage == "posterior":
-            std = data.read_matching(file, path, "std", split=split)
-            m["error"] = float(np.mean([np.square(s).mean() for volume in std.values() for s in volume]) ** 0.5)
+        std = data.read_matching(file, path, "std", split=split) if has_std and stage == "posterior" else None
+        slices, squares = [], []
+        for v, volume in out.items():
+            for s in range(volume.shape[0]):
+                y, x = noisy[v][s], volume[s]
+                if np.ptp(y) and noise.variance(model, x).max() > 0:
+                    slices.append(no_reference(y, x, model))
+                    if stage == "bsn":
+                        squares.append(np.square(y - x).mean() - noise.variance(model, x).mean())
+                    elif std:
+                        squares.append(np.square(std[v][s]).mean())
+        if not slices:
+            raise ValueError(f"no slice of the {split} split of {path} has any noise according to the model")
+        m = {key: float(np.mean([one[key] for one in slices])) for key in slices[0]}
+        if squares:
+            m["error"] = float(max(np.mean(squares), 0) ** 0.5)
         error = f"{m['error']:.4f}" if "error" in m else "-"
         numbers = f"{m['removed']:.2f} | {m['correlation error']:.3f} | {m['structure']:+.2f}"
         print(f"| {name} | {numbers} | {error} | {verdict(m)} |")

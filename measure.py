@@ -259,11 +259,8 @@ def measure(images, means=None, magnitude=False):
     """
     models, compressed = [], jump(images) > JUMP
     for guide in [None] if means is None else [None, means]:
-        try:
-            correlation = measure_correlation(images, guide)
-            points = measure_levels(images, correlation, guide)
-        except ValueError as error:
-            raise ValueError(f"{error}{', not stored as JPEG' if compressed else ''}") from None
+        correlation = measure_correlation(images, guide)
+        points = measure_levels(images, correlation, guide)
         if magnitude:
             above = points[0] > 3 * np.sqrt(points[1])
             points = points[:, above] if above.any() else points
