@@ -304,10 +304,13 @@ def predict(args):
     deviation = model.tail[-1].out_channels == 2
     stride = model.stride
 
-    def denoise(y):
+    def network(y):
         with runtime.autocast(where, args.precision):
             out = model(y.to(where, memory_format=torch.channels_last)).float().cpu()
         return torch.cat([out[:, :1], out[:, 1:].clamp(min=-5).exp() / 10], 1)
+
+    def denoise(y):
+        return data.tiled(network, y, 1024, 256)
 
     def with_hidden(y, rows):
         offsets = hidden_offsets(rows, stride)

@@ -18,6 +18,7 @@ that of the volume it was made from, and whoever uses the two together checks it
 
 import contextlib
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
@@ -273,6 +274,38 @@ def batches(array, size):
         yield rows, torch.from_numpy(np.asarray(array[rows], np.float32)[:, None])
 
 
+def tiled(function, y, side, overlap=160):
+    """function(y) of y (B,C,H,W), in overlapping tiles of at most side x side pixels, for images too large for one.
+
+    A quarter of the overlap at each edge of a tile, where it misses its surroundings, is dropped; across the middle
+    half one tile fades into the next. Tiles begin at multiples of side - overlap, which the network's resolutions must
+    divide. function: (B,C,h,w) to (B,n,h,w).
+    """
+    h, w = y.shape[-2:]
+    if max(h, w) <= side:
+        return function(y)
+    out = None
+    for (top, rows), (left, columns) in itertools.product(fades(h, side, overlap), fades(w, side, overlap)):
+        area = np.s_[..., top : top + len(rows), left : left + len(columns)]
+        piece = function(y[area])
+        out = y.new_zeros(*piece.shape[:2], h, w) if out is None else out
+        out[area] += piece * (rows[:, None] * columns)
+    return out
+
+
+def fades(n, side, overlap):
+    """The tiles along an axis of n pixels: [(start, weights (up to side,))]; the weights of each pixel sum to 1."""
+    out = []
+    for start in range(0, max(n - overlap, 1), side - overlap):
+        size = min(side, n - start)
+        rise = ((torch.arange(size) + 0.5 - overlap / 4) / (overlap / 2)).clamp(0, 1)
+        first, last = start == 0, start + size == n  # the edge of the image is no edge of a tile
+        out.append((start, torch.ones(size) if first and last else rise.flip(0) if first else rise))
+        if not first and not last:
+            out[-1] = (start, torch.minimum(rise, rise.flip(0)))
+    return out
+
+
 def predict_volumes(args, stage, denoise, keys=("pred",), attrs=None):
     """Writes what `denoise` makes of every slice of the dataset args.data (of args.split, if not all) to args.out.
 
@@ -310,54 +343,76 @@ def at_least_one(count, shares):
     return [max(1, round(count * share)) if share and (count >= 3 or share == 1) else 0 for share in shares[1:]]
 
 
+def shares_of(split):
+    """(train, val, test) shares of --split."""
+    if split in SPLITS:
+        return [float(split == s) for s in SPLITS]
+    try:
+        shares = [float(s) for s in split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"--split {split}: give train, val, test, or three shares that sum to 1, such as 0.8,0.1,0.1")
+    return shares
+
+
+def normalised(volume):
+    """(values (S,H,W) float32, scale, offset) of a formats.Volume, mapped to [0,1] by its own minimum and maximum."""
+    raw = finite(volume.slices.astype(np.float64), volume.source)
+    low, high = float(raw.min()), float(raw.max())
+    if low == high:
+        raise ValueError(f"{volume.source}: volume {volume.name!r} is constant ({low:g}): there is nothing to denoise")
+    scale, offset = (low - high, high) if volume.inverted else (high - low, low)
+    return ((raw - offset) / scale).astype(np.float32), scale, offset
+
+
 def import_images(args):
     """Reads image files, maps each volume linearly to [0,1] by its own minimum and maximum, splits, writes."""
     if not args.sources and not args.source:
         raise ValueError("name files or folders to import, or --source brain")
-    shares = [1.0, 0, 0] if args.split == "train" else [0, 1.0, 0] if args.split == "val" else [0, 0, 1.0]
-    if args.split not in SPLITS:
-        try:
-            shares = [float(s) for s in args.split.split(",")]
-        except ValueError:
-            shares = []
-        if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(
-                f"--split {args.split}: give train, val, test, or three shares that sum to 1, such as 0.8,0.1,0.1"
-            )
-    found = [volume for source in args.sources for volume in formats.volumes(source)]
-    found += [formats.brain()] * (args.source == "brain")
-    names = set()
-    with write_volumes(args.out, "dataset", "import", vars(args)) as add:
-        # Whole volumes where there are enough of them, or nothing to divide in one; else contiguous blocks of slices.
-        whole = len(found) >= 10 or min(len(v.slices) for v in found) < 10
-        few = at_least_one(len(found), shares)
-        of_volume = [s for s, n in zip(SPLITS, (len(found) - sum(few), *few)) for _ in range(n)]
-        for k, volume in enumerate(found):
+    shares = shares_of(args.split)
+    items, problems = formats.find(args.sources, args.key, args.acquisition, args.reference)
+    if problems and not items and not args.source:
+        raise ValueError(problems[0])
+    for problem in problems:
+        print(f"left out: {problem}", flush=True)
+    volumes = itertools.chain.from_iterable(formats.read(item) for item in items)
+    volumes = itertools.chain(volumes, [formats.brain()] * (args.source == "brain"))
+    write_dataset(args.out, volumes, shares, vars(args), args.patch)
+
+
+def write_dataset(path, volumes, shares, args, patch=None):
+    """A dataset file of formats.Volumes, one in memory at a time once there are ten.
+
+    Whole volumes are shared out where there are ten or more, or nothing to divide in one; else blocks of slices.
+    """
+    few = list(itertools.islice(volumes, 10))
+    whole = len(few) == 10 or min(len(v.slices) for v in few) < 10
+    names, groups = set(), []
+    with write_volumes(path, "dataset", "import", args) as add:
+        for volume in itertools.chain(few, volumes):
             name, number = volume.name.replace("/", "_"), 2
             while name in names:
                 name, number = f"{volume.name}-{number}", number + 1
             names.add(name)
-            raw = finite(volume.slices.astype(np.float64), volume.source)
-            low, high = float(raw.min()), float(raw.max())
-            if low == high:
-                raise ValueError(f"{volume.source}: volume {name!r} is constant ({low:g}): there is nothing to denoise")
-            scale, offset = (low - high, high) if volume.inverted else (high - low, low)
-            values = ((raw - offset) / scale).astype(np.float32)
-            parts = [(of_volume[k], 0, len(values))] if whole else blocks(len(values), shares)
+            values, scale, offset = normalised(volume)
+            keys, arrays = ["noisy"], [values]
+            if volume.clean is not None:
+                keys, arrays = ["noisy", "clean"], [values, ((volume.clean - offset) / scale).astype(np.float32)]
+            parts = [("train", 0, len(values))] if whole else blocks(len(values), shares)
             for split, first, end in parts:
                 part = name if len(parts) == 1 else f"{name}_{first:03d}-{end - 1:03d}"
-                block = patches(values[first:end], args.patch)
-                (out,) = add(
-                    part,
-                    block.shape,
-                    ["noisy"],
-                    split=split,
-                    scale=scale,
-                    offset=offset,
-                    source=volume.source,
-                    fingerprint=fingerprint(block),
-                )
-                out[:] = block
+                stacks = [patches(a[first:end], patch) for a in arrays]
+                kept = dict(split=split, scale=scale, offset=offset, source=volume.source)
+                written = add(part, stacks[0].shape, keys, **kept, fingerprint=fingerprint(stacks[0]))
+                for array, stack in zip(written, stacks):
+                    array[:] = stack
+                groups.append(written[0].parent)
+        if whole:  # only now is it known how many there are
+            val, test = at_least_one(len(groups), shares)
+            of_volume = [s for s, n in zip(SPLITS, (len(groups) - val - test, val, test)) for _ in range(n)]
+            for group, split in zip(groups, of_volume):
+                group.attrs["split"] = split
 
 
 def patches(slices, size):
@@ -384,7 +439,7 @@ def main(argv=None):
     p = runtime.parser(__doc__)
     commands = p.add_subparsers(required=True)
     q = commands.add_parser("import", help="image files to a dataset")
-    q.add_argument("sources", nargs="*", help="DICOM, NIfTI, PNG, JPEG, TIFF or .npy files, or folders of them")
+    q.add_argument("sources", nargs="*", help=f"{formats.KINDS} files, or folders of them")
     q.add_argument("--source", choices=["brain"], help="the built-in brain: MNI152 T1, axial slices")
     q.add_argument("--out", required=True, help="dataset to write (.h5)")
     q.add_argument(
@@ -392,6 +447,13 @@ def main(argv=None):
         default="0.8,0.1,0.1",
         help="train, val or test for all; or three shares, by volume from 10 "
         "volumes up, else by contiguous blocks of slices (default 0.8,0.1,0.1)",
+    )
+    q.add_argument("--key", help="dataset in plain HDF5 files that hold more than one")
+    q.add_argument("--acquisition", help="only HDF5 files (fastMRI, M4Raw) with this attribute, such as AXT2")
+    q.add_argument(
+        "--reference",
+        choices=["mean", "others"],
+        help="M4Raw: the mean of all repetitions (the paper), or of the others alone, as `clean`",
     )
     q.add_argument(
         "--patch", type=runtime.positive, help="cut slices into whole patches of this side, pixels (the paper: 300)"

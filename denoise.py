@@ -1,11 +1,14 @@
-"""The one command: every stage in order, and at the end the denoised images, the student, and a report.
+"""The one command: medical image files in, denoised files of the same kind out, the student, and a report.
 
-    In    knee.h5              volumes/<name>/noisy (S,H,W) float32: a dataset of data.py
-    Out   DIR/student.pt       the network to keep: `distill.py --predict --model DIR/student.pt` applies it anywhere
-          DIR/denoised.h5      volumes/<name>/pred  (S,H,W) float32, and everything in between
+    In    scans/ ...           DICOM, NIfTI, fastMRI, M4Raw or other HDF5, TIFF, PNG, JPEG, .npy, .npz (formats.py)
+    Out   clean/...            the same names; clean/diffdenoise/ keeps student.pt and all in between
+
+    In    knee.h5              volumes/<name>/noisy (S,H,W) float32: a dataset of data.py   (--data)
+    Out   DIR/denoised.h5      volumes/<name>/pred  (S,H,W) float32, and everything in between; DIR/student.pt
     Out   demo/results.json    {method: {psnr, psnr_sd, ssim, ssim_sd, leak, n}}    demo/report.png    (--demo)
 
-    python denoise.py --data knee.h5 --out DIR                      # trains on knee.h5, denoises it, and reports
+    python denoise.py scans/ --out clean/                           # trains on the scans, denoises them, and reports
+    python denoise.py new_scans/ --out new_clean/ --model clean/diffdenoise/student.pt           # seconds
     python denoise.py --data knee.h5 --out DIR --recipe paper --rounds 2
     python denoise.py --demo                                        # 10 minutes on two cores, most of them training
 
@@ -20,20 +23,26 @@ Recipes:
 which the noise is measured again. The demo adds Gaussian noise of 6/255 to the MNI152 brain once, runs both recipes on
 noisy slices of the train split alone, and evaluates on slices of the test split, which no stage has seen.
 
-Started again, it goes on where it was interrupted.
+Started again, it goes on where it was interrupted. What cannot be read or written is named in a line and left out; the
+rest goes on, and the exit code is 1.
 """
 
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
+import apply
 import baselines
 import bsn
 import data
 import diffusion
 import distill
 import evaluate
+import formats
 import noise
 import posterior
 import runtime
@@ -79,9 +88,11 @@ class Pipeline:
 class Recipe:
     """The stages on one dataset: each method runs some of them, and returns the name of the file that it made."""
 
-    def __init__(self, args, folder, dataset):
+    def __init__(self, args, folder, dataset, mark=None):
+        """mark: see Pipeline."""
         self.args, self.folder = args, folder
-        self.stage = Pipeline(folder, data.fingerprints(args.data) if args.data else None)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.stage = Pipeline(folder, mark)
         self.data = ["--data", dataset]
         self.common = ["--seed", args.seed, "--device", args.device, "--precision", args.precision]
 
@@ -140,30 +151,68 @@ class Recipe:
         return estimate, student
 
 
-def denoise(args):
-    """One recipe on a dataset: leaves the student and the denoised images, and says what can be told of them."""
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    recipe = Recipe(args, folder, args.data)
-    estimate = recipe.blind_spot_network()
-    name = args.recipe
+def denoise(recipe):
+    """Runs the recipe on its dataset: leaves the student and the denoised images, and says what can be told of them."""
+    args, folder = recipe.args, recipe.folder
+    estimate, name = recipe.blind_spot_network(), args.recipe
     if name == "auto":
         model = json.loads((folder / recipe.model_of_noise).read_text())
         name = "paper" if model["compressed"] else "recorrupted"
         print(f"denoise: recipe {name}{': the images were stored as JPEG' if model['compressed'] else ''}", flush=True)
     out, student = getattr(recipe, name)(estimate, args.rounds)
-    for made, name in ((out, "denoised.h5"), (student, "student.pt")):
-        with runtime.whole(folder / name) as temporary:
+    for made, kept in ((out, "denoised.h5"), (student, "student.pt")):
+        with runtime.whole(folder / kept) as temporary:
             shutil.copyfile(folder / made, temporary)
     print(f"\nDenoised: {folder / 'denoised.h5'}; the student: {folder / 'student.pt'}\n")
     known = ["--noise", recipe.path(recipe.model_of_noise)]
     evaluate.main(["--no-reference", *recipe.data, "--pred", str(folder / "denoised.h5"), "--split", "all", *known])
 
 
+def denoise_files(args):
+    """Image files in, files of the same kind out, by args.model or by a student trained on them. Returns exit code."""
+    out, model = Path(args.out), args.model
+    if model and args.std:
+        raise ValueError("--std comes from the posterior update of a training run: a student alone does not know it")
+    jobs, problems = apply.plan(args.inputs, out, args.key, args.acquisition)
+    if not jobs:
+        raise ValueError(problems[0])
+    work = out / "diffdenoise"
+    work.mkdir(parents=True, exist_ok=True)
+    if not model:
+        model, dataset = work / "student.pt", str(work / "dataset.h5")
+        recipe = Recipe(args, work, dataset, [job.mark for job in jobs])
+        recipe.stage(lambda argv: apply.collect(jobs, dataset, problems), "dataset.h5")
+        denoise(recipe)
+    student = distill.student(model, args.device, args.precision, args.memory)
+    method = f"DiffDenoise {runtime.RELEASE}, student {apply.digest([model])[:12]}"
+    std = deviations(work) if args.std else None
+    written, kept = apply.run(jobs, student, method, work / "files.json", problems, args.force, std)
+    problems = list(dict.fromkeys(problems))
+    for problem in problems:
+        print(f"denoise.py: left out: {problem}", file=sys.stderr)
+    print(f"{written} files written to {out}, {kept} were there already, {len(problems)} left out")
+    return 1 if problems else 0
+
+
+def deviations(work):
+    """Callable (job number, volumes) to the posterior's standard deviations in the units of the volumes."""
+    if not (work / "posterior_out.h5").exists():
+        raise ValueError("--std needs the recipe recorrupted, whose posterior update knows the uncertainty")
+    std, attrs = data.read_volumes(work / "posterior_out.h5", "std"), data.read_attrs(work / "posterior_out.h5")[1]
+
+    def of(k, volumes):
+        names = [f"{k:05d}-{j}" for j in range(len(volumes))]
+        return [
+            np.asarray(std[name][:]) * abs(attrs[name]["scale"]) if name in std else np.zeros(volume.slices.shape, "f4")
+            for name, volume in zip(names, volumes)
+        ]
+
+    return of
+
+
 def demo(args):
     """Both recipes and the supervised bound on the built-in brain; prints and writes the table."""
     folder, started = Path(args.out), time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
     recipe = Recipe(args, folder, str(folder / "brain.h5"))
     stage, path, noisy = recipe.stage, recipe.path, recipe.data
     print(f"DiffDenoise demo: built-in brain, Gaussian noise {LEVEL}; everything goes to {folder}/", flush=True)
@@ -225,18 +274,30 @@ def verdict(results):
 
 def main(argv=None):
     p = runtime.network_parser(__doc__)
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", help="dataset (.h5) to denoise")
-    what.add_argument("--demo", action="store_true", help="the built-in brain, both recipes, and a table")
+    p.add_argument("inputs", nargs="*", help=f"{formats.KINDS} files, or folders of them")
+    p.add_argument("--data", help="a dataset (.h5) to denoise, instead of image files")
+    p.add_argument("--demo", action="store_true", help="the built-in brain, both recipes, and a table")
     p.add_argument("--out", help="folder for everything (default demo with --demo, else denoised)")
+    p.add_argument("--model", help="student (.pt) to apply to the files: nothing is trained")
     p.add_argument("--recipe", choices=("auto", "recorrupted", "paper"), default="auto", help="default auto")
     p.add_argument("--rounds", type=runtime.positive, default=1, help="go on from the last result (default 1)")
     p.add_argument("--effort", type=float, default=1.0, help="multiplies the training steps of each stage (default 1)")
+    p.add_argument("--std", action="store_true", help="write the uncertainty beside each file, as <name>_std")
+    p.add_argument("--force", action="store_true", help="replace files that are there already")
+    p.add_argument("--memory", type=runtime.size, default="2G", help="for large images, in bytes (default 2G)")
+    p.add_argument("--key", help="dataset in plain HDF5 files that hold more than one")
+    p.add_argument("--acquisition", help="only HDF5 files (fastMRI, M4Raw) with this attribute, such as AXT2")
     args = p.parse_args(argv)
+    if bool(args.inputs) + bool(args.data) + args.demo != 1:
+        raise ValueError("give image files or folders, or --data, or --demo")
     if not args.effort > 0:
         raise ValueError(f"--effort {args.effort:g} is not positive")
     args.out = args.out or ("demo" if args.demo else "denoised")
-    demo(args) if args.demo else denoise(args)
+    if args.demo:
+        return demo(args)
+    if args.inputs:
+        return denoise_files(args)
+    denoise(Recipe(args, Path(args.out), args.data, data.fingerprints(args.data)))
 
 
 if __name__ == "__main__":

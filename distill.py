@@ -247,7 +247,10 @@ def train(args, checkpoint=None):
         if model_of_noise:  # intensities of the clean image: a prediction's, or else a smoothed noisy image's
             means = more[0].numpy() if more else gaussian_filter(y.numpy(), (0, 0, 1.5, 1.5))
             mine = range(run.rank, args.batch, run.world)
-            z = [noise.sample(model_of_noise, m, runtime.step_rng(args.seed, step, 1, j)) for j, m in zip(mine, means)]
+            z = [
+                noise.sample(model_of_noise, m, runtime.step_rng(args.seed, step, 1, j), crop)
+                for j, m, crop in zip(mine, means, y.numpy())
+            ]
             more = [torch.from_numpy(np.stack(z))]
         y, x = (z.to(where, memory_format=torch.channels_last) for z in (y, *more))
         optimizer.zero_grad(set_to_none=True)
@@ -264,18 +267,32 @@ def train(args, checkpoint=None):
         run.report(loss)
 
 
-@torch.inference_mode()
-def predict(args):
-    """Writes the student's output for every volume of args.data, with the EMA weights of args.model, to args.out."""
-    where = runtime.device(args.device)
-    model, state = runtime.restore(NAFNet, args.model, "distill", where)
-    model.pool_locally(state["extra"]["crop"])
+def student(path, device="auto", precision="auto", memory=2 << 30):
+    """The denoiser that a checkpoint holds: callable, (B,1,H,W) noisy to (B,1,H,W) denoised, both on the CPU.
 
-    def denoise(y, rows):
-        with runtime.autocast(where, args.precision):
+    Large images go through in tiles such that a run takes about `memory` bytes above what it started with.
+    """
+    where = runtime.device(device)
+    model, state = runtime.restore(NAFNet, path, "distill", where)
+    model.pool_locally(state["extra"]["crop"])
+    bytes_per_pixel = 50 * state["model_args"]["width"]  # measured, float32
+    side = max(512, int((memory / 3 / bytes_per_pixel) ** 0.5) // 32 * 32)
+
+    def network(y):
+        with runtime.autocast(where, precision):
             return model(y.to(where, memory_format=torch.channels_last)).float().cpu()
 
-    data.predict_volumes(args, "distill", denoise)
+    @torch.inference_mode()
+    def denoise(y):
+        return data.tiled(network, y, side)
+
+    return denoise
+
+
+def predict(args):
+    """Writes the student's output for every volume of args.data, with the EMA weights of args.model, to args.out."""
+    denoise = student(args.model, args.device, args.precision)
+    data.predict_volumes(args, "distill", lambda y, rows: denoise(y))
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -1,68 +1,375 @@
-"""Image files in: DICOM series, NIfTI, PNG, JPEG, TIFF, NumPy, and the built-in brain, as stacks of slices.
+"""Image files in and out: DICOM, NIfTI, fastMRI, M4Raw and plain HDF5, TIFF, PNG, JPEG, NumPy, the built-in brain.
 
-Knows file formats and nothing else of this project. Each reader yields `Volume`s with the stored numbers as they are;
-mapping them to [0,1] is data.py's task.
+Knows file formats and nothing else of this project. `find` lists what lies in files and folders without reading pixels;
+`read` gives the stored numbers as they are (mapping them to [0,1] is data.py's task); `write` puts numbers back into
+files of the same kind: same geometry, data type and metadata, integers rounded and saturated.
+
+    items, problems = find(["scans/"])
+    volumes = read(items[0])                                   # [Volume]; one, but for 4D NIfTI, .npz, datasets
+    write(items[0], [v.slices for v in volumes], outputs(items[0], "clean/"), "method")
+
+A file that claims more than it can hold, or more than half of this machine's memory, is refused before it is read.
 """
 
+import gzip
+import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
-PICTURES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp"}
+from runtime import whole
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
+KINDS = "DICOM, NIfTI, HDF5, TIFF, PNG, JPEG, BMP, .npy or .npz"
+DEFLATE = 1100  # times smaller than its content: no zip, gzip or PNG can be more
 
 
 class Volume(NamedTuple):
-    """name: unique within its source. slices: (S,H,W) array. source: file or folder. inverted: black is the maximum."""
+    """name: unique within its source. slices: (S,H,W) stored numbers. source: file or folder.
+
+    inverted: black is the maximum. clean: a reference like `slices`, where the format has one (M4Raw's repetitions).
+    """
 
     name: str
     slices: np.ndarray
     source: str
     inverted: bool = False
+    clean: np.ndarray | None = None
 
 
-def volumes(source):
-    """Yields every Volume of a file or folder, in the order of their names.
+class Item(NamedTuple):
+    """What is read and written as one: a file, or the files of a DICOM series in the order of their slices.
 
-    Raises:
-        ValueError: nothing there can be read, with the reason.
+    root: the folder that `files` lie in, as the user named it. key, acquisition, reference: see `find`.
     """
-    source = Path(source)
-    if not source.exists():
-        raise ValueError(f"{source} does not exist")
-    files = (
-        sorted(p for p in source.rglob("*") if p.is_file() and not p.name.startswith("."))
-        if source.is_dir()
-        else [source]
-    )
-    dicom, found = [p for p in files if is_dicom(p)], 0
-    known = set(dicom)
-    for volume in read_dicom(dicom):
-        found += 1
-        yield volume
-    for path in files:
-        kind = "".join(path.suffixes[-2:]).lower() if path.suffix == ".gz" else path.suffix.lower()
-        if path in known:
+
+    kind: str
+    files: tuple
+    root: Path
+    key: str | None = None
+    reference: str | None = None
+
+
+def find(sources, key=None, acquisition=None, reference=None):
+    """What can be read in files and folders: ([Item], [str: what cannot be read, and why]); reads no pixels.
+
+    Args:
+        key: of the dataset in plain HDF5 files. acquisition: only HDF5 files with this attribute, such as AXT2.
+        reference: "mean" or "others": M4Raw repetitions get the mean of all, or of the others, as `clean`.
+    """
+    import formats_dicom
+    import formats_hdf5
+
+    items, problems = [], []
+    for source in map(Path, sources):
+        if not source.exists():
+            problems.append(f"{source} does not exist")
             continue
-        if kind in (".nii", ".nii.gz"):
-            found_here = read_nifti(path)
-        elif kind == ".npy":
-            found_here = read_numpy(path)
-        elif kind in PICTURES:
-            found_here = read_picture(path)
-        elif source.is_dir():
-            continue  # something else that lies in the folder
+        files = [source]
+        if source.is_dir():
+            files = sorted(p for p in source.rglob("*") if p.is_file() and not p.name.startswith("."))
+        root, count, dicom = (source if source.is_dir() else source.parent), len(items), []
+        for path in files:
+            kind = kind_of(path)
+            if kind == "dicom":
+                dicom.append(path)
+            elif kind == "hdf5" and not formats_hdf5.wanted(path, acquisition):
+                continue
+            elif kind:
+                items.append(Item(kind, (path,), root, key, reference))
+            else:
+                problems.append(f"{path} is not a {KINDS} file")
+        found, bad = formats_dicom.series(dicom)
+        items += [Item("dicom", files, root) for files in found]
+        problems += bad
+        if source.is_dir() and len(items) == count:
+            problems.append(f"{source} holds no {KINDS} image")
+    return items, problems
+
+
+def kind_of(path):
+    """dicom, nifti, numpy, hdf5, tiff or picture, by DICOM's mark or else the ending; None for anything else."""
+    ending = "".join(path.suffixes[-2:]).lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+    if ending in (".nii", ".npy", ".npz") or ending.endswith(".nii.gz"):
+        return "nifti" if ".nii" in ending else "numpy"
+    if ending in PICTURES or ending in (".tif", ".tiff", ".h5", ".hdf5"):
+        return "picture" if ending in PICTURES else "tiff" if ending.startswith(".t") else "hdf5"
+    try:
+        with open(path, "rb") as file:
+            return "dicom" if file.read(132)[128:] == b"DICM" or ending in (".dcm", ".ima") else None
+    except OSError:
+        return "dicom" if ending == ".dcm" else None
+
+
+def read(item):
+    """The Volumes of an item, in a fixed order. Raises ValueError or OSError with one reason, naming the file."""
+    import formats_dicom
+    import formats_hdf5
+
+    readers = dict(dicom=formats_dicom.read, hdf5=formats_hdf5.read)
+    readers |= dict(nifti=read_nifti, numpy=read_numpy, tiff=read_tiff, picture=read_picture)
+    try:
+        return readers[item.kind](item)
+    except (ValueError, PermissionError) as error:
+        if str(item.files[0].parent) in str(error):
+            raise
+        raise ValueError(f"{item.files[0]}: {error}") from None
+    except MemoryError:
+        raise ValueError(f"{item.files[0]} needs more memory than there is") from None
+    except Exception as error:  # readers raise many kinds on damaged files
+        raise ValueError(f"{item.files[0]} cannot be read: {type(error).__name__} {error}"[:300]) from None
+
+
+def outputs(item, folder):
+    """Where `write` puts the files of an item under `folder`: the same names; JPEG, which would lose again, as PNG."""
+    paths = [Path(folder) / p.relative_to(item.root) for p in item.files]
+    return [p.with_name(f"{p.name}.png") if p.suffix.lower() in (".jpg", ".jpeg") else p for p in paths]
+
+
+def write(item, arrays, paths, method):
+    """Writes arrays [(S,H,W)], as `read` gave them in order and units, to `paths` as files of the item's kind.
+
+    method: a few words on how they were made, for formats that can say so. Each file takes its name when it is whole.
+    """
+    import formats_dicom
+    import formats_hdf5
+
+    writers = dict(dicom=formats_dicom.write, hdf5=formats_hdf5.write)
+    writers |= dict(nifti=write_nifti, numpy=write_numpy, tiff=write_tiff, picture=write_picture)
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    writers[item.kind](item, arrays, paths, method)
+
+
+def as_type(values, dtype, low=None, high=None):
+    """values as dtype: integers rounded and saturated to [low, high] (default: what the type can hold)."""
+    if dtype.kind not in "ui":
+        return np.asarray(values).astype(dtype)
+    limits = np.iinfo(dtype)
+    low, high = (limits.min if low is None else low), (limits.max if high is None else high)
+    out = np.empty(np.shape(values), dtype)
+    flat, new = np.ravel(values), out.reshape(-1)
+    for i in range(0, flat.size, 1 << 22):  # a few MiB at a time
+        part = flat[i : i + (1 << 22)]
+        if part.dtype.kind == "f":  # no float holds the limits of the widest types exactly: compare, then cast
+            part = np.nan_to_num(np.rint(part), nan=0)
+        above, below = part >= high, part <= low
+        inside = np.where(above | below, 0, part).astype(dtype)
+        new[i : i + len(part)] = np.where(above, dtype.type(high), np.where(below, dtype.type(low), inside))
+    return out
+
+
+def check_size(path, size, packed=None):
+    """Refuses `size` bytes that exceed half of the memory, or what `packed` bytes of file can hold by deflation."""
+    try:
+        most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError):  # Windows
+        most = 8 << 30
+    if size > most:
+        raise ValueError(f"{path} claims to hold {size / 2**30:.1f} GiB, more than half of this machine's memory")
+    if packed is not None and size > DEFLATE * packed + 2**20:
+        raise ValueError(f"{path} claims to hold {size} bytes in {packed}: no honest file does")
+
+
+def grey(path, shape, dtype):
+    """Refuses what is not one slice or a stack of slices of numbers."""
+    if len(shape) not in (2, 3) or 0 in shape or np.dtype(dtype).kind not in "uif":
+        raise ValueError(f"{path} holds an array of shape {tuple(shape)} and type {dtype}, not grey slices")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# NIfTI
+# ---------------------------------------------------------------------------------------------------------------
+def read_nifti(item):
+    """One Volume for 3D data, one per time point for 4D; slices run along the third axis, (z,y,x); not rescaled."""
+    import nibabel
+
+    path = item.files[0]
+    image = nibabel.load(path)
+    shape, dtype = image.shape, image.get_data_dtype()
+    if len(shape) not in (2, 3, 4) or 0 in shape or dtype.kind not in "uif":
+        raise ValueError(f"{path} holds an array of shape {shape} and type {dtype}, not grey slices")
+    check_size(path, np.prod(shape, dtype=float) * dtype.itemsize, path.stat().st_size)
+    raw = np.asanyarray(image.dataobj.get_unscaled())
+    raw = raw.reshape(*shape[:2], shape[2] if len(shape) > 2 else 1, -1)
+    stem = re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.I)
+    return [
+        Volume(f"{stem}_t{t:03d}" if len(shape) == 4 else stem, raw[..., t].T, str(path)) for t in range(raw.shape[3])
+    ]
+
+
+def write_nifti(item, arrays, paths, method):
+    """The header as it was, byte for byte, and other numbers behind it."""
+    import nibabel
+    from nibabel.openers import ImageOpener
+
+    path = item.files[0]
+    image = nibabel.load(path)
+    shape, dtype = image.shape, image.get_data_dtype()
+    start = int(image.dataobj.offset)
+    data = np.stack([as_type(a.T, dtype) for a in arrays], axis=-1).reshape(shape)
+    with ImageOpener(str(path), "rb") as file:
+        header = file.read(start)
+    with whole(paths[0]) as temporary, open(temporary, "wb") as plain:
+        packed = path.suffix.lower() == ".gz"
+        file = gzip.GzipFile("", "wb", 6, plain, mtime=0) if packed else plain  # no name, no time: the same bytes again
+        file.write(header)
+        file.write(data.astype(dtype).tobytes(order="F"))
+        if packed:
+            file.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# TIFF, PNG, JPEG, BMP
+# ---------------------------------------------------------------------------------------------------------------
+def read_tiff(item):
+    """One Volume: the pages of the first series; MINISWHITE counts as inverted."""
+    import tifffile
+
+    path = item.files[0]
+    with tifffile.TiffFile(path) as file:
+        series, page = file.series[0], file.pages.first
+        check_size(path, series.nbytes, None if page.compression > 1 else path.stat().st_size)
+        image = one_channel(path, series.asarray(), page.samplesperpixel)
+        inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+    return [Volume(path.stem, image.reshape(-1, *image.shape[-2:]), str(path), inverted)]
+
+
+def write_tiff(item, arrays, paths, method):
+    """Type, photometric meaning, lossless compression, resolution and description of the original."""
+    import tifffile
+
+    with tifffile.TiffFile(item.files[0]) as file:
+        page, shape, dtype = file.pages.first, file.series[0].shape, file.series[0].dtype
+        tags, big, order = page.tags, file.is_bigtiff, file.byteorder
+        kept = dict(compression=page.compression) if page.compression in (1, 5, 8, 32773, 32946, 50000) else {}
+        resolution = [tags[name].value for name in ("XResolution", "YResolution") if name in tags]
+        if len(resolution) == 2:
+            unit = tags["ResolutionUnit"].value if "ResolutionUnit" in tags else 2
+            kept |= dict(resolution=[n / max(d, 1) for n, d in resolution], resolutionunit=unit)
+        text = tags["ImageDescription"].value if "ImageDescription" in tags else None
+        photometric = "miniswhite" if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE else "minisblack"
+    values = as_type(arrays[0], dtype)
+    values = values.reshape(shape) if values.size == np.prod(shape) else values
+    with whole(paths[0]) as temporary:
+        flags = dict(photometric=photometric, description=text, metadata=None, bigtiff=big, byteorder=order)
+        tifffile.imwrite(temporary, values, software="DiffDenoise", **flags, **kept)
+
+
+def read_picture(item):
+    """One Volume from a PNG, JPEG or BMP file."""
+    from PIL import Image
+
+    path = item.files[0]
+    Image.MAX_IMAGE_PIXELS = None  # check_size knows better
+    with Image.open(path) as file:
+        check_size(path, np.prod(file.size, dtype=float), path.stat().st_size)
+        image = np.asarray(file.convert("L") if file.mode in "1P" else file)
+    image = one_channel(path, image, image.shape[2] if image.ndim == 3 else 1)
+    return [Volume(path.stem, image[None], str(path))]
+
+
+def write_picture(item, arrays, paths, method):
+    """8 or 16 bits as before, resolution kept, transparency too."""
+    from PIL import Image
+
+    with Image.open(item.files[0]) as file:
+        before, kept = np.asarray(file.convert("L") if file.mode in "1P" else file), {}
+        if "dpi" in file.info:
+            kept["dpi"] = file.info["dpi"]
+    dtype = before.dtype if before.dtype != np.int32 else np.dtype(np.uint16)
+    values = as_type(arrays[0][0], dtype)
+    if before.ndim == 3:
+        colours = before.shape[2] - 1 if before.shape[2] in (2, 4) else before.shape[2]
+        values = np.concatenate([np.repeat(values[..., None], colours, 2), before[..., colours:]], axis=2)
+    with whole(paths[0]) as temporary:
+        Image.fromarray(values).save(temporary, "BMP" if paths[0].suffix.lower() == ".bmp" else "PNG", **kept)
+
+
+def one_channel(path, image, channels):
+    """The grey image of one that has 3 equal channels, perhaps with transparency; refuses colour."""
+    if image.ndim > 2 and channels > 1:
+        if channels > 2 and np.any(image[..., :1] != image[..., 1:3]):
+            raise ValueError(f"{path} is a colour image; only one channel can be denoised")
+        image = image[..., 0]
+    image = image.astype(np.uint8) if image.dtype == bool else image
+    grey(path, image.shape[-3:], image.dtype)
+    return image
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# NumPy
+# ---------------------------------------------------------------------------------------------------------------
+def read_numpy(item):
+    """One Volume from a .npy file of shape (H,W) or (S,H,W); one for each such array of a .npz archive."""
+    path = item.files[0]
+    if path.suffix.lower() == ".npy":
+        return [numpy_volume(path, path.stem, np.load(path, mmap_mode="r", allow_pickle=False))]
+    try:
+        with ZipFile(path) as archive:
+            for member in archive.infolist():
+                check_size(path, member.file_size, member.compress_size)
+                with archive.open(member) as file:
+                    version = np.lib.format.read_magic(file)
+                    header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")(file)
+                    if header[2].hasobject or np.prod(header[0], dtype=float) * header[2].itemsize > member.file_size:
+                        raise ValueError(
+                            f"{path}: {member.filename} claims the shape {header[0]}, which it cannot hold"
+                        )
+        with np.load(path, allow_pickle=False) as arrays:
+            return [numpy_volume(path, f"{path.stem}_{name}", arrays[name]) for name in arrays.files]
+    except BadZipFile as error:
+        raise ValueError(f"{path} cannot be read as .npz: {error}") from None
+
+
+def numpy_volume(path, name, array):
+    grey(path, array.shape, array.dtype)
+    return Volume(name, array.reshape(-1, *array.shape[-2:]), str(path))
+
+
+def write_numpy(item, arrays, paths, method):
+    path = item.files[0]
+    with whole(paths[0]) as temporary, open(temporary, "wb") as file:
+        if path.suffix.lower() == ".npy":
+            like = np.load(path, mmap_mode="r", allow_pickle=False)
+            np.save(file, as_type(arrays[0], like.dtype).reshape(like.shape))
         else:
-            raise ValueError(f"{path}: not a DICOM, NIfTI, PNG, JPEG, TIFF or .npy file")
-        for volume in found_here:
-            found += 1
-            yield volume
-    if not found:
-        raise ValueError(f"{source} holds no DICOM, NIfTI, PNG, JPEG, TIFF or .npy image")
+            with np.load(path, allow_pickle=False) as like:
+                pairs = [(name, like[name]) for name in like.files]
+            np.savez_compressed(
+                file, **{name: as_type(a, x.dtype).reshape(x.shape) for (name, x), a in zip(pairs, arrays)}
+            )
 
 
+def write_std(item, arrays, path):
+    """Writes the uncertainty beside a denoised file: float32, NIfTI for NIfTI, else a TIFF stack. Returns the path."""
+    stem = re.sub(r"(\.nii)?\.[^.]+$", "", path.name)
+    if item.kind == "nifti":
+        import nibabel
+
+        like = nibabel.load(item.files[0])
+        values = np.stack([a.T for a in arrays], axis=-1).reshape(like.shape).astype(np.float32)
+        header = like.header.copy()
+        header.set_data_dtype(np.float32)
+        path = path.with_name(f"{stem}_std.nii")
+        with whole(path) as temporary:
+            temporary.write_bytes(type(like)(values, like.affine, header).to_bytes())
+    else:
+        import tifffile
+
+        path = path.with_name(f"{stem}_std.tif")
+        with whole(path) as temporary:
+            tifffile.imwrite(temporary, np.concatenate(arrays).astype(np.float32), photometric="minisblack")
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# the built-in brain
+# ---------------------------------------------------------------------------------------------------------------
 def brain():
     """The MNI152 T1 template at 1 mm that nilearn's wheel ships: the axial slices that hold brain, nose up.
 
@@ -77,100 +384,3 @@ def brain():
     head = np.asanyarray(nibabel.load(path).dataobj).transpose(2, 1, 0)[:, ::-1]
     holds_brain = (head > 0.1 * head.max()).mean((1, 2)) > 0.1
     return Volume("brain", np.ascontiguousarray(head[holds_brain]), "MNI152 T1 1 mm template (nilearn)")
-
-
-def is_dicom(path):
-    """Whether a file has DICOM's mark, or its ending."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(132)[128:] == b"DICM" or path.suffix.lower() == ".dcm"
-    except OSError:
-        return False
-
-
-def read_dicom(paths):
-    """Yields a Volume per series, its slices sorted by position; numbers as stored (no rescaling, no window)."""
-    import pydicom
-
-    series = {}
-    for path in paths:
-        try:
-            ds = pydicom.dcmread(path)
-            if "Rows" not in ds:  # a DICOMDIR or a report, not an image
-                continue
-            series.setdefault(str(ds.get("SeriesInstanceUID", path.parent)), []).append((slice_position(ds), path, ds))
-        except Exception as error:  # pydicom raises many kinds on damaged files
-            raise ValueError(f"{path} cannot be read as DICOM: {error}") from None
-    for number, members in enumerate(series.values()):
-        members.sort(key=lambda m: m[:2])
-        try:
-            slices = [ds.pixel_array for _, _, ds in members]
-        except Exception as error:
-            raise ValueError(f"{members[0][1]} holds pixels that cannot be decoded: {error}") from None
-        if len({(s.shape, ds.get("SamplesPerPixel", 1)) for s, (_, _, ds) in zip(slices, members)}) > 1:
-            raise ValueError(f"the slices of the series of {members[0][1]} differ in size")
-        ds = members[0][2]
-        if ds.get("SamplesPerPixel", 1) != 1:
-            raise ValueError(f"{members[0][1]} is a colour image; only one channel can be denoised")
-        stack = np.concatenate([s.reshape(-1, *s.shape[-2:]) for s in slices])
-        folder = members[0][1].parent
-        inverted = ds.get("PhotometricInterpretation") == "MONOCHROME1"
-        yield Volume(f"{folder.name or 'series'}_{number}", stack, str(folder), inverted)
-
-
-def slice_position(ds):
-    """Where a slice lies along the normal of its plane (mm), or its InstanceNumber."""
-    if "ImagePositionPatient" in ds and "ImageOrientationPatient" in ds:
-        across, down = np.array(ds.ImageOrientationPatient, float).reshape(2, 3)
-        return float(np.cross(across, down) @ np.array(ds.ImagePositionPatient, float))
-    return float(ds.get("InstanceNumber") or 0)
-
-
-def read_nifti(path):
-    """Yields one Volume for 3D data and one per time point for 4D; slices run along the third axis, (z,y,x)."""
-    import nibabel
-
-    try:
-        image = np.asanyarray(nibabel.load(path).dataobj)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as NIfTI: {error}") from None
-    if image.ndim not in (2, 3, 4) or image.dtype.names:
-        raise ValueError(f"{path} holds an array of shape {image.shape} and type {image.dtype}, not grey slices")
-    image = image[:, :, None] if image.ndim == 2 else image
-    stem = path.name.removesuffix(".gz").removesuffix(".nii")
-    for t in range(image.shape[3] if image.ndim == 4 else 1):
-        yield Volume(
-            f"{stem}_t{t:03d}" if image.ndim == 4 else stem, image.reshape(*image.shape[:3], -1)[..., t].T, str(path)
-        )
-
-
-def read_numpy(path):
-    """Yields one Volume from a .npy file of shape (H,W) or (S,H,W)."""
-    try:
-        image = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as .npy: {error}") from None
-    if not isinstance(image, np.ndarray):
-        raise ValueError(f"{path} is an archive of arrays, not one array")
-    yield from stack(path, image)
-
-
-def read_picture(path):
-    """Yields one Volume from a PNG, JPEG or TIFF file; a TIFF may hold a stack of pages."""
-    import skimage.io
-
-    try:
-        image = skimage.io.imread(path)
-    except Exception as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
-    if image.ndim == 3 and (image.shape[-1] in (3, 4) or path.suffix.lower() not in (".tif", ".tiff")):
-        if image.shape[-1] > 2 and np.ptp(image[..., :3].astype(float), axis=-1).any():
-            raise ValueError(f"{path} is a colour image; only one channel can be denoised")
-        image = image[..., 0]
-    yield from stack(path, image)
-
-
-def stack(path, image):
-    if image.ndim not in (2, 3) or image.dtype.kind not in "uif":
-        raise ValueError(f"{path} holds an array of shape {image.shape} and type {image.dtype}, not grey slices")
-    yield Volume(path.stem, image.reshape(-1, *image.shape[-2:]), str(path))

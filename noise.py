@@ -116,12 +116,21 @@ def spectrum(model, h, w):
     return power / power.mean()
 
 
-def sample(model, x, generator):
-    """Noise of the model for clean images x (...,H,W): what the scanner might have added. Same shape, float32."""
+def sample(model, x, generator, y=None):
+    """Noise of the model for clean images x (...,H,W): what the scanner might have added. Same shape, float32.
+
+    y: the noisy images. Noise cannot be stronger than what varies: where y varies with less than half the energy that
+    the model expects (a masked background, or one that a fitted curve overestimates), the noise has that energy.
+    """
     n = generator.standard_normal(x.shape, dtype=np.float32)
     if np.count_nonzero(model["correlation"]) > 1:
         n = np.fft.ifft2(np.fft.fft2(n) * np.sqrt(spectrum(model, *x.shape[-2:]))).real
-    return (n * np.sqrt(variance(model, x))).astype(np.float32)
+    s2 = variance(model, x)
+    if y is not None:
+        sigma = [0] * (x.ndim - 2) + [4, 4]
+        energy = gaussian_filter(np.square(y), sigma) - np.square(gaussian_filter(y, sigma))
+        s2 = np.where(energy < s2 / 2, np.maximum(energy, 0), s2)
+    return (n * np.sqrt(s2)).astype(np.float32)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -95,6 +95,8 @@ def wiener(residual, spectrum, side=8, around=5):
 # ---------------------------------------------------------------------------------------------------------------
 # predict
 # ---------------------------------------------------------------------------------------------------------------
+import torch
+
 import data
 import noise
 import runtime
@@ -122,6 +124,11 @@ def predict(args):
     spread = data.read_matching(args.pred, args.data, "std") if args.variance in ("predicted", "spread") else None
     model = noise.given(args.noise, args.data, args.pred)
     print(noise.summary(model), flush=True)
+
+    def one(stack):  # what `estimate` looks at lies within 32 pixels: large slices go in tiles
+        y, mu, *deviation = stack[0].numpy()
+        return torch.from_numpy(np.stack(estimate(y, mu, model, args.variance, *deviation), dtype=np.float32))[None]
+
     with data.write_volumes(args.out, "prediction", "posterior", vars(args), like=args.pred, noise=model) as new_volume:
         for name, mu in runtime.progress(means.items(), "posterior"):
             pred, std = new_volume(name, mu.shape, ["pred", "std"])
@@ -130,8 +137,8 @@ def predict(args):
                 energy = np.mean([np.square(spread[name][s]).mean() for s in range(mu.shape[0])])
                 factor = data.rms_difference({name: noisy[name]}, {name: mu}) / max(energy, 1e-12) ** 0.5
             for s in range(mu.shape[0]):
-                deviation = None if spread is None else factor * spread[name][s]
-                pred[s], std[s] = estimate(noisy[name][s], mu[s], model, args.variance, deviation)
+                stack = [noisy[name][s], mu[s], *([] if spread is None else [factor * spread[name][s]])]
+                pred[s], std[s] = data.tiled(one, torch.from_numpy(np.stack(stack))[None], 1024)[0].numpy()
     print(f"posterior: {len(means)} volumes -> {args.out}", flush=True)
 
 

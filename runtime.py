@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+RELEASE = "0.1.0"
 SAVE_EVERY, LOG_EVERY = 60.0, 10.0  # seconds
 
 
@@ -60,6 +61,18 @@ def fraction(text):
         return float(numerator) / float(denominator or 1)
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 0.0235 or 6/255") from None
+
+
+def size(text):
+    """'2G', '500M' or a plain number of bytes."""
+    unit = {"K": 10, "M": 20, "G": 30, "T": 40}.get(text[-1:].upper(), 0)
+    try:
+        value = float(text[:-1] if unit else text)
+    except ValueError:
+        value = 0
+    if not 0 < value < 1e15:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes such as 2G or 500M")
+    return int(value * 2**unit)
 
 
 def positive(text):

@@ -244,7 +244,7 @@ def other(made, tmp_path):
         ),
         ("data", ["import", "empty", "--out", "n.h5"], "holds no DICOM"),
         ("data", ["import", "colour.tif", "--out", "n.h5"], "is a colour image"),
-        ("data", ["import", "hollow.npy", "--out", "n.h5"], "cannot be read as .npy"),
+        ("data", ["import", "hollow.npy", "--out", "n.h5"], "hollow.npy cannot be read"),
         ("diffusion", ["--data", "knee.h5", "--cond", "nan.h5"], "'pred' holds 40 values that are NaN or infinite"),
         ("noise", ["add", "--data", "bsn_out.h5", "--level", "0.1", "--out", "n.h5"], "has no 'noisy', only ['pred']"),
         ("bsn", ["--data", "knee.h5", "--blind-spot", "3"], "invalid choice"),
@@ -253,7 +253,7 @@ def other(made, tmp_path):
         ("bsn", ["--data", "knee.h5", "--model", "same", "--out", "same"], "need names of their own"),
         ("bsn", ["--data", "knee.h5", "--predict", "--out", "bsn.pt"], "would replace the input bsn.pt"),
         ("evaluate", ["--data", "knee.h5", "--pred", "bsn_out.h5", "bsn_out.h5"], "two methods are named 'bsn'"),
-        ("data", ["import", "knee.h5", "--out", "n.h5"], "not a DICOM"),
+        ("data", ["import", "code.pt", "--out", "n.h5"], "not a DICOM"),
     ],
 )
 def test_wrong_use_is_refused(other, script, flags, says):

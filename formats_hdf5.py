@@ -1,0 +1,141 @@
+"""HDF5 in and out, for formats.py: fastMRI and M4Raw files, datasets of this project, plain HDF5.
+
+fastMRI, M4Raw    reconstruction_rss or reconstruction_esc (S,H,W), else root-sum-of-squares of kspace; attribute
+                  `acquisition`; M4Raw's repetitions are files of one name but for the last two digits
+this project      /volumes/<name>/noisy (data.py)
+plain             the dataset that `key` names, or the only one of two or three dimensions
+"""
+
+import re
+
+import h5py
+import numpy as np
+
+import formats
+from runtime import whole
+
+RECONSTRUCTIONS = ("reconstruction_rss", "reconstruction_esc")
+REPETITION = re.compile(r"(.+_(?:FLAIR|T1|T2|GRE))(\d\d)$")
+
+
+def wanted(path, acquisition):
+    """Whether a file is of the acquisition asked for; one that cannot be read is, so that reading it complains."""
+    if acquisition is None:
+        return True
+    try:
+        with h5py.File(path, "r") as file:
+            found = file.attrs.get("acquisition")
+            return (found.decode() if isinstance(found, bytes) else found) == acquisition
+    except OSError:
+        return True
+
+
+def keys_of(file, path, key):
+    """The names of the datasets that are images, or kspace alone."""
+    if key:
+        if key not in file or not isinstance(file[key], h5py.Dataset):
+            raise ValueError(f"{path} has no dataset {key!r}, only {', '.join(list(file)[:8])}")
+        return [key]
+    if isinstance(file.get("volumes"), h5py.Group):
+        return [f"volumes/{name}/noisy" for name in file["volumes"] if "noisy" in file["volumes"][name]]
+    for name in (*RECONSTRUCTIONS, "kspace"):
+        if name in file:
+            return [name]
+    found = []
+    file.visititems(
+        lambda name, x: (
+            found.append(name)
+            if isinstance(x, h5py.Dataset) and x.ndim in (2, 3) and min(x.shape[-2:]) > 1 and x.dtype.kind in "uif"
+            else None
+        )
+    )
+    if len(found) != 1:
+        raise ValueError(f"{path} holds {len(found)} datasets that may be images, {found[:8]}: name one with --key")
+    return found
+
+
+def array_of(file, path, name):
+    """The numbers of a dataset that lies in this file and is as large as it says."""
+    dataset = file[name]
+    if dataset.file.filename != file.filename or dataset.is_virtual or dataset.external:
+        raise ValueError(f"{path}: {name!r} lies in another file, which is not followed")
+    formats.check_size(path, float(dataset.nbytes), dataset.id.get_storage_size())
+    if name == "kspace":
+        return root_sum_of_squares(dataset, file)
+    formats.grey(path, dataset.shape, dataset.dtype)
+    return dataset[()].reshape(-1, *dataset.shape[-2:])
+
+
+def root_sum_of_squares(kspace, file):
+    """Magnitude images (S,H,W) float32 of k-space (S,[coils,]H,W) complex, cut to the size that the header asks for."""
+    if kspace.ndim not in (3, 4) or kspace.dtype.kind != "c":
+        raise ValueError(f"kspace is {kspace.dtype} of shape {kspace.shape}, not (slices, coils, height, width)")
+    h, w = kspace.shape[-2:]
+    header = file["ismrmrd_header"][()] if "ismrmrd_header" in file else b""
+    header = header if isinstance(header, bytes) else str(header).encode()
+    size = re.search(rb"reconSpace>.*?<(?:\w+:)?x>(\d+)<.*?<(?:\w+:)?y>(\d+)<", header, re.S)
+    ch, cw = (min(int(n), m) for n, m in zip(size.groups(), (h, w))) if size else (h, w)
+    out = np.empty((len(kspace), ch, cw), np.float32)
+    top, left = (h - ch) // 2, (w - cw) // 2
+    for s in range(len(kspace)):
+        centred = np.fft.ifftshift(kspace[s], axes=(-2, -1))
+        coils = np.abs(np.fft.fftshift(np.fft.ifft2(centred, norm="ortho"), axes=(-2, -1)))
+        image = np.sqrt(np.square(coils.reshape(-1, h, w)).sum(0))
+        out[s] = image[top : top + ch, left : left + cw]
+    return out
+
+
+def read(item):
+    """A Volume for each image dataset; with a reference asked for, the mean of M4Raw's repetitions as `clean`."""
+    path = item.files[0]
+    with opened(path) as file:
+        names = keys_of(file, path, item.key)
+        volumes = [
+            formats.Volume(path.stem if len(names) == 1 else name.split("/")[1], array_of(file, path, name), str(path))
+            for name in names
+        ]
+    if item.reference:
+        volumes = [volume._replace(clean=mean_of_repetitions(path, item, volume.slices)) for volume in volumes]
+    return volumes
+
+
+def opened(path):
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        if isinstance(error, PermissionError):
+            raise
+        raise ValueError(f"{path} cannot be read as HDF5, it may be incomplete: {str(error)[:100]}") from None
+
+
+def mean_of_repetitions(path, item, own):
+    """Mean of all M4Raw repetitions of a scan ("mean", as the paper) or of all but this one ("others"), (S,H,W)."""
+    match = REPETITION.match(path.stem)
+    if not match:
+        raise ValueError(f"{path} is not named as an M4Raw repetition is, such as 2022061003_T101.h5")
+    others = []
+    for other in sorted(path.parent.glob(f"{match[1]}[0-9][0-9].h5")):
+        if other != path:
+            with opened(other) as file:
+                others.append(array_of(file, other, keys_of(file, other, item.key)[0]))
+    if not others or any(x.shape != own.shape for x in others):
+        raise ValueError(f"{path} has no other repetition of its shape beside it")
+    stack = others if item.reference == "others" else [own, *others]
+    return np.mean(stack, axis=0, dtype=np.float64)
+
+
+def write(item, arrays, paths, method):
+    """A copy of the file with other images; k-space, which they no longer come from, is left out."""
+    path = item.files[0]
+    with opened(path) as file, whole(paths[0]) as temporary, h5py.File(temporary, "w") as out:
+        names = keys_of(file, path, item.key)
+        out.attrs.update(file.attrs)
+        for name in file:
+            if name != "kspace" and file.get(name, getlink=True).__class__ is h5py.HardLink:
+                file.copy(name, out, expand_external=False)
+        for name, values in zip(names, arrays):
+            if name == "kspace":
+                out.create_dataset(RECONSTRUCTIONS[0], data=np.asarray(values, np.float32))
+            else:
+                out[name][...] = formats.as_type(values, file[name].dtype).reshape(file[name].shape)
+        out.attrs["denoised_by"] = method

@@ -1,0 +1,334 @@
+"""Image files in and out: the same bits through an identity, the same geometry, and what must be refused."""
+
+import gzip
+import struct
+import zlib
+
+import h5py
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+import tifffile
+from PIL import Image
+from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+
+import apply
+import formats
+import formats_dicom
+
+RNG = np.random.default_rng(0)
+
+
+def stack(dtype, shape=(5, 20, 24)):
+    """Numbers that use the whole range of a type."""
+    if np.dtype(dtype).kind == "f":
+        return RNG.normal(0, 300, shape).astype(dtype)
+    limits = np.iinfo(dtype)
+    values = RNG.integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True)
+    values.flat[:2] = limits.min, limits.max
+    return values
+
+
+def through(folder, denoise=lambda y: y.clone(), **flags):
+    """Sends folder/in through a denoiser to folder/out; returns the problems."""
+    jobs, problems = apply.plan([folder / "in"], folder / "out")
+    apply.run(jobs, denoise, "a test", folder / "files.json", problems, **flags)
+    return problems
+
+
+@pytest.fixture
+def there(tmp_path):
+    (tmp_path / "in").mkdir()
+    return tmp_path
+
+
+def dicom(path, pixels, number=0, bits=12, inverted=False, frames=None, syntax=ExplicitVRLittleEndian, **tags):
+    ds = pydicom.Dataset()
+    ds.file_meta = pydicom.dataset.FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = (
+        ImplicitVRLittleEndian if syntax == ImplicitVRLittleEndian else ExplicitVRLittleEndian
+    )
+    ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.4", f"1.2.3.4.{number + 1}"
+    ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
+    ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.InstanceNumber = "1.2.3", "1.2", 100 - number
+    ds.PatientName, ds.WindowCenter, ds.ImageType = "Doe^Jane", "512", ["ORIGINAL", "PRIMARY", "M"]
+    ds.ImagePositionPatient, ds.ImageOrientationPatient = [0, 0, 2.0 * number], [1, 0, 0, 0, 1, 0]
+    ds.Rows, ds.Columns = pixels.shape[-2:]
+    ds.SamplesPerPixel, ds.PixelRepresentation = 1, int(pixels.dtype.kind == "i")
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit = 8 * pixels.dtype.itemsize, bits, bits - 1
+    ds.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
+    if frames:
+        ds.NumberOfFrames = frames
+    for name, value in tags.items():
+        setattr(ds, name, value)
+    ds.PixelData = pixels.tobytes() + b"\0" * (pixels.nbytes % 2)
+    ds["PixelData"].VR = "OW"
+    if syntax == RLELossless:
+        ds.compress(RLELossless)
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID
+    ds.save_as(path, enforce_file_format=True)
+
+
+@pytest.mark.parametrize(
+    "dtype, bits, flags",
+    [
+        ("u2", 12, {}),
+        ("u2", 16, dict(inverted=True)),
+        ("i2", 16, dict(RescaleSlope="2", RescaleIntercept="-1024")),
+        ("i2", 12, dict(syntax=ImplicitVRLittleEndian)),
+        ("u1", 8, {}),
+        ("u2", 12, dict(syntax=RLELossless)),
+    ],
+)
+def test_dicom_round_trip(there, dtype, bits, flags):
+    """Bit-equal pixels; all tags but those of a derived object; slices in order whatever the files are called."""
+    shift = 8 * np.dtype(dtype).itemsize - bits
+    raw = stack(dtype) >> shift
+    for s in range(5):
+        dicom(there / "in" / f"{(3 * s) % 5}.dcm", raw[s], s, bits, **flags)
+    items, _ = formats.find([there / "in"])
+    assert len(items) == 1 and np.array_equal(formats.read(items[0])[0].slices, raw)
+    assert through(there) == []
+    for path in sorted((there / "in").iterdir()):
+        a, b = pydicom.dcmread(path), pydicom.dcmread(there / "out" / path.name)
+        assert np.array_equal(a.pixel_array, b.pixel_array) and a.pixel_array.dtype == b.pixel_array.dtype
+        assert list(b.ImageType) == ["DERIVED", "SECONDARY", "M"] and b.DerivationDescription == "a test"
+        assert b.SOPInstanceUID == b.file_meta.MediaStorageSOPInstanceUID != a.SOPInstanceUID
+        assert b.SeriesInstanceUID != a.SeriesInstanceUID and b.StudyInstanceUID == a.StudyInstanceUID
+        assert b.SourceImageSequence[0].ReferencedSOPInstanceUID == a.SOPInstanceUID
+        new = "ImageType SOPInstanceUID SeriesInstanceUID DerivationDescription SourceImageSequence PixelData".split()
+        for element in a:
+            assert element.keyword in new or b[element.tag].value == element.value
+        assert {e.keyword for e in b} - {e.keyword for e in a} <= set(new)
+        assert {e.tag for e in a} <= {e.tag for e in b}
+    outs = [pydicom.dcmread(p) for p in sorted((there / "out").glob("*.dcm"))]
+    assert len({ds.SOPInstanceUID for ds in outs}) == 5 and len({ds.SeriesInstanceUID for ds in outs}) == 1
+
+
+def test_dicom_multiframe_and_series(there):
+    """Frames in one file; two series in a folder; a report without pixels is passed by; PET's slopes differ."""
+    dicom(there / "in" / "cine.dcm", stack("u2") >> 4, frames=5, SeriesInstanceUID="1.9")
+    raw = stack("u2") >> 4
+    for s in range(5):
+        dicom(there / "in" / f"pet{s}.dcm", raw[s], s, RescaleSlope=str(0.5 + s), RescaleIntercept="0")
+    report = pydicom.Dataset()
+    report.file_meta = pydicom.dataset.FileMetaDataset()
+    report.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    report.file_meta.MediaStorageSOPClassUID = report.SOPClassUID = "1.2.840.10008.5.1.4.1.1.88.11"
+    report.file_meta.MediaStorageSOPInstanceUID = report.SOPInstanceUID = "1.2.3.99"
+    report.save_as(there / "in" / "report.dcm", enforce_file_format=True)
+    items, problems = formats.find([there / "in"])
+    assert sorted(len(item.files) for item in items) == [1, 5] and not problems
+    pet = formats.read(next(item for item in items if len(item.files) == 5))[0].slices
+    np.testing.assert_allclose(pet, raw * (0.5 + np.arange(5))[:, None, None], rtol=1e-6)
+    assert through(there) == []
+    for path in (there / "in").glob("[cp]*.dcm"):
+        assert np.array_equal(pydicom.dcmread(path).pixel_array, pydicom.dcmread(there / "out" / path.name).pixel_array)
+
+
+def test_padding_stays(there):
+    """Pixels outside the field of view, marked by PixelPaddingValue, come out as they were."""
+    raw = stack("i2") // 8
+    raw[:, :4] = -2000
+    for s in range(5):
+        dicom(there / "in" / f"{s}.dcm", raw[s], s, 16, PixelPaddingValue=-2000)
+    through(there, lambda y: y + 0.1)
+    out = pydicom.dcmread(there / "out" / "2.dcm").pixel_array
+    assert (out[:4] == -2000).all() and (out[4:] != raw[2, 4:]).any()
+
+
+def test_integers_are_rounded_and_saturate(there):
+    """A network that overshoots never wraps: 12 bits end at 4095, int16 at its ends."""
+    raw = np.full((20, 24), 4000, np.uint16)
+    raw[:10] = 100
+    dicom(there / "in" / "a.dcm", raw)
+    np.save(there / "in" / "b.npy", raw.astype(np.int16) * 8)
+    through(there, lambda y: 3 * y - 1)
+    out = pydicom.dcmread(there / "out" / "a.dcm").pixel_array
+    assert (out[:10] == 0).all() and (out[10:] == 4095).all()
+    out = np.load(there / "out" / "b.npy")
+    assert out.dtype == np.int16 and out.max() == 32767 and out.min() == 800 - 8 * 3900
+    assert formats.as_type(np.array([0.5, 1.5, 2.6, np.nan, 1e30, -1e30]), np.dtype("i8")).tolist()[:4] == [0, 2, 3, 0]
+    assert formats.as_type(np.array([1e30, -1e30]), np.dtype("u8")).tolist() == [2**64 - 1, 0]
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i2", ">i2", "u2", "i4", "f4", "f8"])
+@pytest.mark.parametrize("shape, ending", [((20, 24, 5), "nii.gz"), ((20, 24, 5, 3), "nii"), ((20, 24), "nii")])
+def test_nifti_round_trip(there, dtype, shape, ending):
+    """The same file: header with scaling, affine and extensions, byte order, data."""
+    affine = np.array([[0, -2.0, 0, 7], [1.5, 0, 0, -3], [0, 0, 4, 5], [0, 0, 0, 1]])
+    values = stack(np.dtype(dtype).newbyteorder("="), shape)
+    image = nibabel.Nifti1Image(values, affine)
+    if dtype.startswith(">"):
+        image = nibabel.Nifti1Image(values.astype(dtype), affine, nibabel.Nifti1Header(endianness=">"))
+        image.header.set_data_dtype(">i2")
+    image.header["descrip"] = b"a scanner"
+    image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"kept"))
+    path = there / "in" / f"head.{ending}"
+    nibabel.save(image, path)
+    raw = (gzip.decompress if ending.endswith("gz") else bytes)(path.read_bytes())
+    raw = (
+        raw[:112] + struct.pack((">" if dtype.startswith(">") else "<") + "ff", 2.5, -7) + raw[120:]
+    )  # scl_slope, inter
+    path.write_bytes(gzip.compress(raw) if ending.endswith("gz") else raw)
+    assert through(there) == []
+    out = (there / "out" / path.name).read_bytes()
+    assert (gzip.decompress(out) if ending.endswith("gz") else out) == raw
+    assert nibabel.load(there / "out" / path.name).affine.tolist() == affine.tolist()
+
+
+def test_nan_stays_nan(there):
+    """A masked background in a floating-point file: it stays, and harms nothing else."""
+    values = stack("f4")
+    values[:, :5] = np.nan
+    np.save(there / "in" / "a.npy", values)
+    through(there, lambda y: y + 0.01)
+    out = np.load(there / "out" / "a.npy")
+    assert np.isnan(out[:, :5]).all() and np.isfinite(out[:, 5:]).all() and (out[:, 5:] > values[:, 5:]).all()
+
+
+@pytest.mark.parametrize("dtype", ["u1", "u2", "i2", "f4"])
+@pytest.mark.parametrize(
+    "compression, photometric", [(None, "minisblack"), ("zlib", "miniswhite"), ("lzw", "minisblack")]
+)
+def test_tiff_round_trip(there, dtype, compression, photometric):
+    values = stack(dtype)
+    flags = dict(resolution=(300, 150), resolutionunit="CENTIMETER", description="kept", metadata=None)
+    tifffile.imwrite(there / "in" / "a.tif", values, compression=compression, photometric=photometric, **flags)
+    assert through(there) == []
+    with tifffile.TiffFile(there / "in" / "a.tif") as a, tifffile.TiffFile(there / "out" / "a.tif") as b:
+        assert np.array_equal(a.asarray(), b.asarray()) and a.asarray().dtype == b.asarray().dtype
+        for name in "XResolution YResolution ResolutionUnit ImageDescription PhotometricInterpretation".split():
+            assert a.pages[0].tags[name].value == b.pages[0].tags[name].value
+        assert a.pages[0].compression == b.pages[0].compression
+
+
+def test_picture_round_trip(there):
+    """8 and 16 bits, grey stored as colour, transparency, resolution; JPEG comes out as PNG of the same pixels."""
+    Image.fromarray(stack("u1")[0]).save(there / "in" / "a.png", dpi=(200, 200))
+    Image.fromarray(stack("u2")[0]).save(there / "in" / "b.png")
+    grey = stack("u1")[0]
+    Image.fromarray(np.stack([grey, grey, grey, 255 - grey], -1)).save(there / "in" / "c.png")
+    Image.fromarray(np.stack([grey, 255 - grey], -1)).save(there / "in" / "d.png")
+    Image.fromarray(grey).save(there / "in" / "e.jpg")
+    Image.fromarray(grey).save(there / "in" / "f.bmp")
+    assert through(there) == []
+    for name in "abcd":
+        a, b = (Image.open(there / f / f"{name}.png") for f in ("in", "out"))
+        assert (
+            a.mode == b.mode and np.array_equal(np.asarray(a), np.asarray(b)) and a.info.get("dpi") == b.info.get("dpi")
+        )
+    for name, out in (("e.jpg", "e.jpg.png"), ("f.bmp", "f.bmp")):
+        a, b = Image.open(there / "in" / name), Image.open(there / "out" / out)
+        assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_numpy_round_trip(there):
+    """Each array of an archive is an image of its own."""
+    a, b = stack("u2"), stack("f8", (40, 30))
+    np.save(there / "in" / "a.npy", a)
+    np.save(there / "in" / "fortran.npy", np.asfortranarray(a))
+    np.savez(there / "in" / "c.npz", a=a, b=b)
+    assert through(there) == []
+    assert np.array_equal(np.load(there / "out" / "a.npy"), a)
+    assert np.array_equal(np.load(there / "out" / "fortran.npy"), a)
+    with np.load(there / "out" / "c.npz") as out:
+        assert np.array_equal(out["a"], a) and np.array_equal(out["b"], b) and out["b"].dtype == np.float64
+
+
+def fastmri(path, images, acquisition="AXT2", kspace=None):
+    with h5py.File(path, "w") as file:
+        file.attrs["acquisition"], file.attrs["max"] = acquisition, 1.0
+        header = (
+            "<h><encoding><reconSpace><matrixSize><x>16</x><y>20</y><z>1</z></matrixSize></reconSpace></encoding></h>"
+        )
+        file["ismrmrd_header"] = header
+        if images is not None:
+            file["reconstruction_rss"] = images
+        if kspace is not None:
+            file["kspace"] = kspace
+
+
+def test_fastmri_and_m4raw(there):
+    """Reconstructions, k-space alone, acquisitions, and the mean of M4Raw's repetitions as the reference."""
+    images = np.abs(stack("f4")) * 1e-6
+    fastmri(there / "in" / "file_brain_AXT2_1.h5", images)
+    fastmri(there / "in" / "file_brain_AXT1_1.h5", images, "AXT1")
+    coils = RNG.normal(size=(2, 3, 40, 32)) + 1j * RNG.normal(size=(2, 3, 40, 32))
+    kspace = np.fft.fftshift(np.fft.fft2(np.fft.ifftshift(coils, (-2, -1)), norm="ortho"), (-2, -1))
+    fastmri(there / "in" / "raw.h5", None, kspace=kspace.astype(np.complex64))
+    assert len(formats.find([there / "in"], acquisition="AXT2")[0]) == 2
+    assert through(there) == []
+    with h5py.File(there / "out" / "file_brain_AXT2_1.h5") as out:
+        assert np.array_equal(out["reconstruction_rss"], images) and out.attrs["acquisition"] == "AXT2"
+    with h5py.File(there / "out" / "raw.h5") as out:
+        rss = np.sqrt((np.abs(coils) ** 2).sum(1))[:, 12:28, 6:26]
+        np.testing.assert_allclose(out["reconstruction_rss"], rss, rtol=1e-4)
+        assert "kspace" not in out
+    scans = there / "m4raw"
+    scans.mkdir()
+    repetitions = np.abs(RNG.normal(size=(3, 4, 20, 24))).astype("f4")
+    for r in range(3):
+        fastmri(scans / f"2022061003_T10{r + 1}.h5", repetitions[r])
+    for reference, mean in (("mean", repetitions.mean(0)), ("others", repetitions[1:].mean(0))):
+        items, _ = formats.find([scans], reference=reference)
+        volume = formats.read(items[0])[0]
+        np.testing.assert_allclose(volume.clean, mean, rtol=1e-6)
+        assert np.array_equal(volume.slices, repetitions[0])
+
+
+def test_plain_hdf5(there):
+    """The only image, or the one named; nothing else of the file changes; links out of it are not followed."""
+    images = stack("i2")
+    with h5py.File(there / "in" / "a.h5", "w") as file:
+        file["deep/images"], file["age"] = images, 42
+        file["deep"].attrs["unit"] = "mm"
+    assert through(there) == []
+    with h5py.File(there / "out" / "a.h5") as out:
+        assert np.array_equal(out["deep/images"], images) and out["age"][()] == 42 and out["deep"].attrs["unit"] == "mm"
+    with h5py.File(there / "in" / "b.h5", "w") as file:
+        file["x"], file["y"] = images, images
+    with h5py.File(there / "in" / "c.h5", "w") as file:
+        file["x"] = h5py.ExternalLink(str(there / "in" / "a.h5"), "deep/images")
+    problems = through(there)
+    assert "name one with --key" in problems[0] and "0 datasets" in problems[1]
+    items, _ = formats.find([there / "in" / "b.h5"], key="y")
+    assert np.array_equal(formats.read(items[0])[0].slices, images)
+    items, _ = formats.find([there / "in" / "c.h5"], key="x")
+    with pytest.raises(ValueError, match="lies in another file"):
+        formats.read(items[0])
+
+
+def test_bombs_are_refused_before_memory_is_taken(there):
+    """Headers that claim more than the file can hold, in every format that can lie."""
+    folder = there / "in"
+    header = nibabel.Nifti1Header()
+    header.set_data_shape((30000, 30000, 300))
+    header.set_data_dtype(np.int16)
+    (folder / "a.nii.gz").write_bytes(gzip.compress(header.binaryblock + b"\0" * 1000))
+    with open(folder / "b.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, dict(descr="<f8", fortran_order=False, shape=(10**5, 10**5, 100)))
+    np.savez_compressed(folder / "c.npz", x=np.zeros((1000, 1000)))
+    with h5py.File(folder / "d.h5", "w") as file:
+        file.create_dataset("x", (10**4, 10**4, 10**4), "f8", chunks=(1, 100, 100))
+    Image.fromarray(np.zeros((20, 24), np.uint8)).save(folder / "e.png")
+    png = bytearray((folder / "e.png").read_bytes())
+    png[16:24] = struct.pack(">II", 2**31 - 1, 2**31 - 1)
+    png[29:33] = struct.pack(">I", zlib.crc32(bytes(png[12:29])))
+    (folder / "e.png").write_bytes(png)
+    ds = dict(Rows=65535, Columns=65535, NumberOfFrames=100000)
+    dicom(folder / "f.dcm", np.zeros((20, 24), np.uint16))
+    lying = pydicom.dcmread(folder / "f.dcm")
+    for name, value in ds.items():
+        setattr(lying, name, value)
+    lying.save_as(folder / "f.dcm")
+    problems = through(there)
+    print(*problems, sep="\n")
+    assert len(problems) == 5, problems
+    assert sorted(p.name for p in (there / "out").iterdir()) == ["c.npz"]
+
+
+def test_uids_are_valid_and_reproducible():
+    a, b = (formats_dicom.new_uid("1.2.3", b"pixels") for _ in range(2))
+    assert a == b != formats_dicom.new_uid("1.2.4", b"pixels") and pydicom.uid.UID(a).is_valid
