@@ -69,7 +69,7 @@ def collect(jobs, path, problems):
     def volumes():
         for k, job in enumerate(jobs):
             try:
-                found = formats.read(job.item)
+                _, found = read(job, problems)
             except (ValueError, OSError) as error:
                 problems.append(str(error))
                 continue
@@ -79,6 +79,27 @@ def collect(jobs, path, problems):
                     yield volume._replace(name=f"{k:05d}-{j}", source="", slices=slices)
 
     data.write_dataset(path, volumes(), [1.0, 0, 0], {})
+
+
+def read(job, problems):
+    """(job, its volumes); of a DICOM series, what can be read: each slice that cannot becomes a problem of its own."""
+    try:
+        return job, formats.read(job.item)
+    except (ValueError, OSError):
+        if len(job.item.files) == 1:
+            raise
+    good = []
+    for pair in zip(job.item.files, job.paths):
+        try:
+            formats.read(job.item._replace(files=pair[:1]))
+            good.append(pair)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if not good:
+        raise ValueError(f"{job.item.files[0].parent}: no slice of a series can be read")
+    files, paths = zip(*good)
+    job = job._replace(item=job.item._replace(files=files), paths=list(paths))
+    return job, formats.read(job.item)
 
 
 def finite_range(slices):
@@ -137,16 +158,17 @@ def run(jobs, denoise, method, record, problems, force=False, std=None):
             problems.append(f"{there} exists already: --force replaces it")
             continue
         try:
-            volumes = formats.read(job.item)
+            readable, volumes = read(job, problems)
             arrays = [denoise_volume(volume, denoise) for volume in volumes]
             note(record, done, name, mark, False)  # from here on, what stands there is ours
-            formats.write(job.item, arrays, job.paths, method)
+            formats.write(readable.item, arrays, readable.paths, method)
             if std:
-                formats.write_std(job.item, std(k, volumes), job.paths[0])
+                formats.write_std(readable.item, std(k, volumes), job.paths[0])
             note(record, done, name, mark, True)
-            written += len(job.paths)
+            written += len(readable.paths)
         except (ValueError, OSError) as error:
-            problems.append(" ".join(str(error).split()))
+            text = " ".join(str(error).split())
+            problems.append(text if str(job.item.files[0].parent) in text else f"{name}: {text}")
     return written, kept
 
 

@@ -11,6 +11,8 @@ files of the same kind: same geometry, data type and metadata, integers rounded 
 A file that claims more than it can hold, or more than half of this machine's memory, is refused before it is read.
 """
 
+import contextlib
+import errno
 import gzip
 import os
 import re
@@ -112,16 +114,28 @@ def read(item):
 
     readers = dict(dicom=formats_dicom.read, hdf5=formats_hdf5.read)
     readers |= dict(nifti=read_nifti, numpy=read_numpy, tiff=read_tiff, picture=read_picture)
-    try:
+    with one_reason(item, "read"):
         return readers[item.kind](item)
+
+
+@contextlib.contextmanager
+def one_reason(item, what):
+    """Whatever goes wrong with a file becomes a ValueError or OSError that names it: libraries raise many kinds."""
+    path = item.files[0]
+    try:
+        yield
     except (ValueError, PermissionError) as error:
-        if str(item.files[0].parent) in str(error):
+        if str(path.parent) in str(error):
             raise
-        raise ValueError(f"{item.files[0]}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise ValueError(f"{path} cannot be {what}: {error}"[:300]) from None
     except MemoryError:
-        raise ValueError(f"{item.files[0]} needs more memory than there is") from None
-    except Exception as error:  # readers raise many kinds on damaged files
-        raise ValueError(f"{item.files[0]} cannot be read: {type(error).__name__} {error}"[:300]) from None
+        raise ValueError(f"{path} needs more memory than there is") from None
+    except Exception as error:
+        raise ValueError(f"{path} cannot be {what}: {type(error).__name__} {error}"[:300]) from None
 
 
 def outputs(item, folder):
@@ -142,7 +156,8 @@ def write(item, arrays, paths, method):
     writers |= dict(nifti=write_nifti, numpy=write_numpy, tiff=write_tiff, picture=write_picture)
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-    writers[item.kind](item, arrays, paths, method)
+    with one_reason(item, "copied"):
+        writers[item.kind](item, arrays, paths, method)
 
 
 def as_type(values, dtype, low=None, high=None):

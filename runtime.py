@@ -343,7 +343,10 @@ class Training:
             scheduler=self.scheduler.state_dict(),
         )
         with whole(path) as temporary:
-            torch.save(state, temporary)
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(f"{path} could not be written: {error}") from None
 
     def steps(self):
         """Yields the step numbers still to do, 0-based; stops after --stop-at or a signal with the state saved."""

@@ -324,7 +324,6 @@ def test_bombs_are_refused_before_memory_is_taken(there):
         setattr(lying, name, value)
     lying.save_as(folder / "f.dcm")
     problems = through(there)
-    print(*problems, sep="\n")
     assert len(problems) == 5, problems
     assert sorted(p.name for p in (there / "out").iterdir()) == ["c.npz"]
 
