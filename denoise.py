@@ -184,7 +184,7 @@ def denoise_files(args):
         recipe.stage(lambda argv: apply.collect(jobs, dataset, problems), "dataset.h5")
         denoise(recipe)
     student = distill.student(model, args.device, args.precision, args.memory)
-    method = f"DiffDenoise {runtime.RELEASE}, student {apply.digest([model])[:12]}"
+    method = f"DiffDenoise {runtime.RELEASE}, student {runtime.fingerprint(model)}"
     std = deviations(work) if args.std else None
     written, kept = apply.run(jobs, student, method, work / "files.json", problems, args.force, std)
     problems = list(dict.fromkeys(problems))

@@ -148,6 +148,9 @@ def recorruption_loss(network, y, z, strength=0.3):
 # ---------------------------------------------------------------------------------------------------------------
 # train and predict
 # ---------------------------------------------------------------------------------------------------------------
+import logging
+import warnings
+
 import numpy as np
 from scipy.ndimage import gaussian_filter
 from torch.optim.swa_utils import AveragedModel
@@ -295,12 +298,33 @@ def predict(args):
     data.predict_volumes(args, "distill", lambda y, rows: denoise(y))
 
 
+def export(path, out):
+    """Writes the student of a checkpoint as ONNX: `noisy` to `denoised`, float32 (B,1,H,W) from 16x16 up."""
+    try:
+        import onnxscript  # noqa: F401  what torch.onnx writes with
+    except ImportError:
+        raise ValueError("--export needs the package onnxscript: pip install onnxscript") from None
+    model, state = runtime.restore(NAFNet, path, "distill", "cpu")
+    model = model.pool_locally(state["extra"]["crop"]).to(memory_format=torch.contiguous_format)
+    logging.disable(logging.WARNING)  # torch tells of packages that it could use
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+        program = torch.export.export(model, (torch.rand(2, 1, 200, 232),), dynamic_shapes=(free,))
+        names = dict(input_names=["noisy"], output_names=["denoised"])
+        made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    logging.disable(logging.NOTSET)
+    with runtime.whole(out) as temporary:
+        made.save(temporary)
+    print(f"distill: {path} -> {out}", flush=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # command
 # ---------------------------------------------------------------------------------------------------------------
 def main(argv=None):
     p = runtime.training_parser(__doc__, PRESETS, "student.pt")
-    p.add_argument("--data", required=True, help="dataset (.h5)")
+    p.add_argument("--data", help="dataset (.h5)")
     p.add_argument("--target", help="prediction file (.h5) to learn from; `recorrupted`; or `clean`: the upper bound")
     p.add_argument(
         "--noise", default="measured", help="with --target recorrupted, as in posterior.py (default measured)"
@@ -311,6 +335,7 @@ def main(argv=None):
     p.add_argument("--strength", type=float, help="a of the recorruption (fast: 0.3)")
     p.add_argument("--out", default="distill_out.h5", help="prediction to write (default distill_out.h5)")
     p.add_argument("--predict", action="store_true", help="only predict, with the trained --model")
+    p.add_argument("--export", metavar="FILE", help="only write the trained --model as ONNX (.onnx)")
     p.add_argument(
         "--split", choices=(*data.SPLITS, "all"), default="all", help="predict only this split (default all)"
     )
@@ -322,6 +347,11 @@ def main(argv=None):
     p.add_argument("--clip", type=float, help="largest gradient norm")
     p.add_argument("--ema", type=float, help="decay per step of the averaged weights")
     args = p.parse_args(argv)
+    if args.export:
+        runtime.check_outputs([args.model], [args.export])
+        return export(args.model, args.export)
+    if not args.data:
+        raise ValueError("--data is needed, but for --export")
     if args.predict:
         runtime.check_outputs([args.data, args.model], [args.out])
     else:

@@ -16,6 +16,7 @@ every N-th crop of a step's batch together see the batch of one process.
 
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -256,6 +257,14 @@ def restore(network, path, stage, where):
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} does not fit {network.__name__}: {error}"[:200]) from None
     return model.to(where, memory_format=torch.channels_last).eval(), state
+
+
+def fingerprint(path):
+    """Hash of the EMA weights in a checkpoint: what they do, whoever trained them, wherever."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, value in sorted(load_checkpoint(path)["ema"].items()):
+        digest.update(name.encode() + value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def warmup_cosine(optimizer, steps):

@@ -1,0 +1,187 @@
+"""denoise.py from image files to image files: a student applied, trained from scratch, interrupted; tiles; ONNX."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import onnxruntime
+import pydicom
+import pytest
+import torch
+from conftest import ROOT, TINY, ok, run
+from test_formats import dicom
+from test_measure import phantom
+
+import apply
+import data
+import distill
+import noise
+import runtime
+
+
+@pytest.fixture(scope="module")
+def student(made, tmp_path_factory):
+    """A student whose change to an image can be seen."""
+    path = tmp_path_factory.mktemp("student") / "student.pt"
+    flags = ["--data", made / "knee.h5", "--target", made / "srds_out.h5", *TINY["distill"], "--steps", 30]
+    ok("distill", *flags, "--model", path, "--out", path.with_suffix(".h5"), cwd=made)
+    return path
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Five DICOM slices and an array, 192 pixels, noisy."""
+    (tmp_path / "scans" / "deep").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    y = np.stack([noise.add(x, "gaussian", 10 / 255, 0, rng) for x in phantom(5)])
+    for s in range(5):
+        dicom(tmp_path / "scans" / f"{s}.dcm", np.clip(3000 * y[s] + 300, 0, 4095).astype(np.uint16), s)
+    np.save(tmp_path / "scans" / "deep" / "a.npy", y[0])
+    return tmp_path
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_student_on_files(scans, student):
+    """The student's output for the stored numbers, in the same places; again, nothing is done; others' files stay."""
+    done = ok("denoise", "scans", "--out", "clean", "--model", student, cwd=scans)
+    assert "6 files written to clean, 0 were there already, 0 left out" in done.stdout
+    y = np.load(scans / "scans/deep/a.npy")
+    scaled = (y - y.min()) / (y.max() - y.min())
+    x = distill.student(student)(torch.from_numpy(scaled)[None, None])[0, 0].numpy()
+    np.testing.assert_allclose(np.load(scans / "clean/deep/a.npy"), x * (y.max() - y.min()) + y.min(), atol=2e-3)
+    assert np.std(x - scaled) > 0.01
+    before = contents(scans / "clean")
+    again = ok("denoise", "scans", "--out", "clean", "--model", student, cwd=scans)
+    assert "0 files written to clean, 6 were there already" in again.stdout and contents(scans / "clean") == before
+    (scans / "other").mkdir()
+    (scans / "other" / "0.dcm").write_bytes(b"precious")
+    done = run("denoise", "scans", "--out", "other", "--model", student, cwd=scans)
+    assert done.returncode == 1 and "0.dcm exists already: --force replaces it" in done.stderr
+    assert (scans / "other" / "0.dcm").read_bytes() == b"precious" and (scans / "other/deep/a.npy").exists()
+    ok("denoise", "scans", "--out", "other", "--model", student, "--force", cwd=scans)
+    assert pydicom.dcmread(scans / "other" / "0.dcm").ImageType[0] == "DERIVED"
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_goes_on(scans, student):
+    folder = scans / "scans"
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "half.npy").write_bytes((folder / "deep/a.npy").read_bytes()[:5000])
+    (folder / "2.dcm").write_bytes((folder / "2.dcm").read_bytes()[:5000])
+    (folder / "gone.dcm").symlink_to("nowhere")
+    np.save(folder / "colour.npy", np.zeros((2, 3, 20, 20)))
+    done = run("denoise", "scans", "--out", "clean", "--model", student, cwd=scans)
+    assert done.returncode == 1 and "5 files written" in done.stdout and "4 left out" in done.stdout
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4 and all("left out: scans/" in line for line in lines), lines
+    for name in ("notes.txt", "half.npy", "2.dcm", "colour.npy"):
+        assert sum(name in line for line in lines) == 1
+    assert not (scans / "clean/2.dcm").exists() and (scans / "clean/3.dcm").exists()
+    assert "Doe^Jane" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["scans", "--out", "scans"], "lies in the input"),
+        (["scans", "--out", "scans/deep/clean"], "lies in the input"),
+        (["scans/deep/a.npy", "--out", "scans/deep"], "would replace the input"),
+        (["scans", "--out", "scans/deep/a.npy"], "lies in the input"),
+        (["nowhere", "--out", "clean"], "nowhere does not exist"),
+        (["empty", "--out", "clean"], "holds no DICOM"),
+        (["scans", "--out", "clean", "--model", "nothing.pt"], "nothing.pt does not exist"),
+        (["scans", "--out", "clean", "--model", "scans/0.dcm"], "is not a whole checkpoint"),
+        (["scans", "--out", "clean", "--model", "x.pt", "--std"], "--std comes from"),
+        (["scans", "--out", "clean", "--memory", "much"], "not a number of bytes"),
+        (["scans", "--demo"], "give image files or folders, or --data, or --demo"),
+        ([], "give image files or folders, or --data, or --demo"),
+    ],
+)
+def test_wrong_use_is_refused(scans, flags, says):
+    (scans / "empty").mkdir()
+    before = contents(scans)
+    done = run("denoise", *flags, cwd=scans)
+    assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert contents(scans) == before
+
+
+def test_from_scratch_and_killed(scans):
+    """Trained on the files themselves; killed at any moment and started again, the same bits; std; nothing personal."""
+    flags = ["scans", "--std", "--effort", "0.003", "--precision", "float32"]
+    started = time.monotonic()
+    ok("denoise", *flags, "--out", "clean", cwd=scans)
+    seconds, whole = time.monotonic() - started, contents(scans / "clean")
+    assert {"0.dcm", "0_std.tif", "deep/a.npy", "deep/a_std.tif"} <= whole.keys()
+    for moment in (0.3, 0.6, 0.9):
+        argv = [sys.executable, str(ROOT / "denoise.py"), *flags, "--out", "killed"]
+        process = subprocess.Popen(argv, cwd=scans, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(moment * seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+    ok("denoise", *flags, "--out", "killed", cwd=scans)
+    again = contents(scans / "killed")
+    images = [name for name in whole if "diffdenoise" not in name]
+    assert len(images) == 8 and all(again[name] == whole[name] for name in images)
+    personal = [name for name, raw in whole.items() if b"Doe^Jane" in raw]
+    assert personal and all(name.endswith(".dcm") for name in personal)
+    report = json.loads((scans / "clean/diffdenoise/files.json").read_text())
+    assert all(entry["whole"] for entry in report.values())
+
+
+def test_full_disk(scans, student, monkeypatch):
+    """A file that cannot be written is named, nothing stands half under its name, and with room again it is made."""
+    jobs, problems = apply.plan([scans / "scans"], scans / "out")
+    real, writes = os.replace, []
+
+    def full(a, b):
+        writes.append(b)
+        if len(writes) % 3 == 0:
+            raise OSError(28, "No space left on device")
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", full)
+    denoise = distill.student(student)
+    apply.run(jobs, denoise, "m", scans / "files.json", problems)
+    assert problems and all("No space left" in p for p in problems)
+    monkeypatch.undo()
+    assert not list(scans.rglob("*.tmp"))
+    assert apply.run(jobs, denoise, "m", scans / "files.json", [])[0] > 0
+    assert apply.run(jobs, denoise, "m", scans / "files.json", []) == (0, 6)
+
+
+@pytest.mark.parametrize("size", [(300, 130), (97, 400), (64, 64)])
+def test_tiles_of_a_local_function_are_exact(size):
+    """What reaches no farther than a quarter of the overlap does not notice that there are tiles."""
+    y = torch.rand(1, 1, *size)
+    blur = torch.nn.AvgPool2d(9, 1, 4, count_include_pad=False)
+    torch.testing.assert_close(data.tiled(blur, y, 96, 64), blur(y), rtol=0, atol=1e-6)
+    assert not data.tiled(blur, y, 96, 4).allclose(blur(y), atol=1e-4) or max(size) <= 96
+
+
+def test_tiles_of_the_student_leave_no_seam(student):
+    """A trained network whole and in tiles: at most 1e-3 of the range apart, sizes that nothing divides."""
+    model, state = runtime.restore(distill.NAFNet, student, "distill", "cpu")
+    model.pool_locally(state["extra"]["crop"])
+    y = torch.from_numpy(np.stack(phantom(1, 700))[None]).float()[..., :611]
+    with torch.inference_mode():
+        y += torch.randn(y.shape, generator=torch.Generator().manual_seed(0)) * 0.03
+        assert (data.tiled(model, y, 384, 160) - model(y)).abs().max() < 1e-3
+
+
+def test_onnx(student, tmp_path):
+    """Equal to PyTorch within 1e-4 at sizes above and below the pooling window, odd, batched."""
+    ok("distill", "--export", tmp_path / "student.onnx", "--model", student, cwd=tmp_path)
+    session = onnxruntime.InferenceSession(tmp_path / "student.onnx")
+    model, state = runtime.restore(distill.NAFNet, student, "distill", "cpu")
+    model.pool_locally(state["extra"]["crop"])
+    for shape in ((1, 1, 97, 203), (3, 1, 40, 16), (1, 1, 256, 256)):
+        y = torch.rand(shape)
+        with torch.inference_mode():
+            np.testing.assert_allclose(session.run(None, {"noisy": y.numpy()})[0], model(y), atol=1e-4)
