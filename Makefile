@@ -9,7 +9,7 @@ demo: $(VENV)/run.done
 	$(BIN)/python denoise.py --demo
 
 test: $(VENV)/dev.done
-	$(BIN)/python -m pytest -q --durations=5
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=5 -n auto
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .

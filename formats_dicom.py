@@ -24,12 +24,17 @@ def quietly(function):
     """pydicom's complaints quote the values of tags: none of them, a patient's name least of all, is for our log."""
 
     def quiet(*args):
-        logging.getLogger("pydicom").setLevel(logging.CRITICAL)
-        pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-        pydicom.config.settings.writing_validation_mode = pydicom.config.IGNORE
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return function(*args)
+        settings, log = pydicom.config.settings, logging.getLogger("pydicom")
+        before = settings.reading_validation_mode, settings.writing_validation_mode, log.level
+        settings.reading_validation_mode = settings.writing_validation_mode = pydicom.config.IGNORE
+        log.setLevel(logging.CRITICAL)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return function(*args)
+        finally:
+            settings.reading_validation_mode, settings.writing_validation_mode = before[:2]
+            log.setLevel(before[2])
 
     return quiet
 

@@ -4,7 +4,9 @@
 #
 #   results/past_the_paper.sh CLEAN.h5 KIND:LEVEL[:CORRELATION] SEED FOLDER [FLAGS...]
 #
-# CLEAN.h5 is made by `data.py import`; FLAGS: conditions, oracle. What FOLDER already holds is not made again.
+# CLEAN.h5 is made by `data.py import`. What FOLDER already holds is not made again. FLAGS:
+#   conditions   SRDS of the conditions that do not leak, and students of it      oracle   with the true noise model
+#   variances    the posterior update with V by each of its ways                  weak     a tenth of the BSN's training
 set -e
 clean=$1 spec=$2 seed=$3 out=$4; shift 4
 IFS=: read -r kind level correlation <<< "$spec"
@@ -42,6 +44,23 @@ for flag in "$@"; do
         make posterior_augmented.h5 posterior --data noisy.h5 --pred srds_augmented.h5 --noise noise.json \
             --out posterior_augmented.h5
         rows="$rows srds_hidden student_hidden posterior_hidden srds_augmented student_augmented posterior_augmented"
+    elif [ "$flag" = variances ]; then
+        make nll.h5 bsn --data noisy.h5 --blind-spot "$spot" --steps $bsn_steps --seed "$seed" --loss nll --model nll.pt --out nll.h5
+        make spread.h5 srds --cond bsn.h5 --model plain.pt --steps 2 --pairs 8 --split test --out spread.h5
+        for v in energy spectrum; do
+            make "v_$v.h5" posterior --data noisy.h5 --pred bsn.h5 --noise noise.json --variance $v --out "v_$v.h5"; done
+        make v_predicted.h5 posterior --data noisy.h5 --pred nll.h5 --noise noise.json --variance predicted --out v_predicted.h5
+        make v_nll_energy.h5 posterior --data noisy.h5 --pred nll.h5 --noise noise.json --variance energy --out v_nll_energy.h5
+        make v_spread.h5 posterior --data noisy.h5 --pred spread.h5 --noise noise.json --variance spread --out v_spread.h5
+        rows="$rows nll spread v_energy v_spectrum v_predicted v_nll_energy v_spread"
+    elif [ "$flag" = weak ]; then
+        make weak.h5 bsn --data noisy.h5 --blind-spot "$spot" --steps $((bsn_steps / 10)) --seed "$seed" --model weak.pt --out weak.h5
+        make weak_diffusion.pt diffusion --data noisy.h5 --cond weak.h5 --seed "$seed" --steps $diffusion_steps \
+            --model weak_diffusion.pt
+        make weak_srds.h5 srds --cond weak.h5 --model weak_diffusion.pt --steps 2 --split test --out weak_srds.h5
+        make weak_posterior.h5 posterior --data noisy.h5 --pred weak.h5 --noise noise.json --out weak_posterior.h5
+        make weak_posterior_srds.h5 posterior --data noisy.h5 --pred weak_srds.h5 --noise noise.json --out weak_posterior_srds.h5
+        rows="$rows weak weak_srds weak_posterior weak_posterior_srds"
     elif [ "$flag" = oracle ]; then
         student oracle_noise --target recorrupted --noise "$spec" --pred posterior.h5 --steps $student_steps
         make posterior_oracle.h5 posterior --data noisy.h5 --pred bsn.h5 --noise "$spec" --out posterior_oracle.h5

@@ -1,5 +1,6 @@
 """A small data set made on the spot, and a way to run the scripts as a user does."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -83,9 +84,17 @@ def make_dataset(path, seed=0, sizes=((3, 48, 40), (2, 37, 53)), clean=True):
 
 
 def run(script, *flags, cwd, env=None):
-    """Runs a script of the project in a process of its own; returns it finished, with its output as text."""
+    """Runs a script of the project in a process of its own; returns it finished, with its output as text.
+
+    Collects every refusal in the file that REFUSALS names: results/refusals.md.
+    """
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    if done.returncode and "REFUSALS" in os.environ:
+        said = done.stderr.replace(f"{cwd}/", "").rstrip("\n").replace("\n", "\n    ")
+        with open(os.environ["REFUSALS"], "a") as file:
+            file.write(f"    {said}\n")
+    return done
 
 
 def ok(script, *flags, cwd, env=None):

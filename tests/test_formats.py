@@ -81,7 +81,7 @@ def dicom(path, pixels, number=0, bits=12, inverted=False, frames=None, syntax=E
         ("u2", 12, dict(syntax=RLELossless)),
     ],
 )
-def test_dicom_round_trip(there, dtype, bits, flags):
+def test_dicom_round_trip(there, dtype, bits, flags, monkeypatch):
     """Bit-equal pixels; all tags but those of a derived object; slices in order whatever the files are called."""
     shift = 8 * np.dtype(dtype).itemsize - bits
     raw = stack(dtype) >> shift
@@ -102,6 +102,9 @@ def test_dicom_round_trip(there, dtype, bits, flags):
             assert element.keyword in new or b[element.tag].value == element.value
         assert {e.keyword for e in b} - {e.keyword for e in a} <= set(new)
         assert {e.tag for e in a} <= {e.tag for e in b}
+        monkeypatch.setattr(pydicom.config.settings, "reading_validation_mode", pydicom.config.RAISE)
+        str(pydicom.dcmread(there / "out" / path.name))  # every value valid for its VR
+        monkeypatch.undo()
     outs = [pydicom.dcmread(p) for p in sorted((there / "out").glob("*.dcm"))]
     assert len({ds.SOPInstanceUID for ds in outs}) == 5 and len({ds.SeriesInstanceUID for ds in outs}) == 1
 

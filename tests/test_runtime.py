@@ -19,6 +19,16 @@ STAGES = {
     "diffusion": ("diffusion.pt", ["--data", "knee.h5", "--cond", "bsn_out.h5"]),
     "distill": ("student.pt", ["--data", "knee.h5", "--target", "bsn_out.h5"]),
 }
+KNOWN = ["--noise", "gaussian:6/255:0.5"]
+WAYS = {  # stages and those of their ways that draw or read something of their own
+    **STAGES,
+    "diffusion hidden": ("diffusion.pt", [*STAGES["diffusion"][1], "--condition", "hidden"]),
+    "diffusion augmented": ("diffusion.pt", [*STAGES["diffusion"][1], "--condition", "augmented", *KNOWN]),
+    "distill recorrupted": (
+        "student.pt",
+        ["--data", "knee.h5", "--target", "recorrupted", "--pred", "bsn_out.h5", *KNOWN],
+    ),
+}
 
 
 @pytest.fixture
@@ -35,10 +45,13 @@ def weights(path):
     }
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_and_two_steps_are_four(folder, stage):
+@pytest.mark.parametrize("way", WAYS)
+def test_two_and_two_steps_are_four(folder, way):
     """Bit for bit: weights, EMA, learning rate and predictions. No flag but the inputs is repeated to resume."""
-    model, inputs = STAGES[stage]
+    model, inputs = WAYS[way]
+    stage, *hidden = way.split()
+    if hidden == ["hidden"]:
+        ok("bsn", "--data", "knee.h5", "--hidden", *TINY["bsn"], cwd=folder)
     flags = [*inputs, *TINY[stage], "--seed", 7]
     ok(stage, *flags, "--model", "four.pt", *out(stage, "four.h5"), cwd=folder)
     ok(stage, *flags, "--model", model, "--stop-at", 2, *out(stage, "two.h5"), cwd=folder)
@@ -56,10 +69,13 @@ def out(stage, name):
     return [] if stage == "diffusion" else ["--out", name]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_two_processes_are_one(folder, stage):
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_are_one(folder, way):
     """torchrun with two gloo processes gives the weights of one process with the same global batch."""
-    inputs = [*STAGES[stage][1], *TINY[stage], "--precision", "float32"]
+    stage, *hidden = way.split()
+    if hidden == ["hidden"]:
+        ok("bsn", "--data", "knee.h5", "--hidden", *TINY["bsn"], cwd=folder)
+    inputs = [*WAYS[way][1], *TINY[stage], "--precision", "float32"]
     ok(stage, *inputs, "--model", "one.pt", *out(stage, "one.h5"), cwd=folder)
     command = [
         sys.executable,
