@@ -1,8 +1,8 @@
 """Image files through a denoiser, for denoise.py: the same names come out under another folder.
 
 Every file is written whole or not at all. What was written is noted, with a digest of the input and of the denoiser, in
-files.json: started again, a run goes on after the last file, and no file that it did not write itself is touched
-without `force`. What cannot be read or written becomes a line in `problems`, and the rest goes on.
+files.json: started again, a run goes on after the last file. A file that is there is replaced only if this very run had
+begun with it, or with `force`. What cannot be read or written becomes a line in `problems`, and the rest goes on.
 """
 
 import hashlib
@@ -19,10 +19,11 @@ import runtime
 
 
 class Job(NamedTuple):
-    """item: formats.Item. paths: where its files go. mark: digest of what they hold now."""
+    """item: formats.Item. paths: where its files go. std: where its uncertainty goes, or None. mark: its digest."""
 
     item: formats.Item
     paths: list
+    std: Path | None
     mark: str
 
 
@@ -37,7 +38,7 @@ def digest(paths):
     return found.hexdigest()
 
 
-def plan(sources, out, key=None, acquisition=None):
+def plan(sources, out, key=None, acquisition=None, std=False):
     """([Job], [problem]) of image files and folders. Raises ValueError if `out` is, or lies in, one of them."""
     for source in map(Path, sources):
         if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
@@ -45,28 +46,38 @@ def plan(sources, out, key=None, acquisition=None):
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, not a folder")
     items, problems = formats.find(sources, key, acquisition)
+    inputs = {file.resolve() for item in items for file in item.files}
     jobs, taken = [], {}
     for item in items:
         paths = formats.outputs(item, out)
-        for path, file in zip(paths, item.files):
-            if path.exists() and path.samefile(file):
-                raise ValueError(f"--out {out} would replace the input {file}: give another folder")
-        twice = next((path for path in paths if path in taken), None)
+        deviation = formats.std_path(item, paths) if std else None
+        all_paths = [*paths, *([deviation] if std else [])]
+        for path in all_paths:
+            if path.resolve() in inputs:
+                raise ValueError(f"--out {out} would replace the input {path}: give another folder")
+        twice = next((path for path in all_paths if path in taken), None)
         if twice:
             problems.append(f"{item.files[0]} would go to {twice}, as {taken[twice]} does: denoise them apart")
             continue
         try:
-            jobs.append(Job(item, paths, digest(item.files)))
-            taken.update(zip(paths, item.files))
+            jobs.append(Job(item, paths, deviation, f"{digest(item.files)} {item.kind} {key}"))
+            taken.update(dict.fromkeys(all_paths, item.files[0]))
         except OSError as error:
             problems.append(str(error))
+    if not jobs:
+        raise ValueError(problems[0] if problems else f"{', '.join(map(str, sources))}: nothing there to denoise")
     return jobs, problems
 
 
-def collect(jobs, path, problems):
-    """A dataset of all that can be trained on, everything in the train split, under numbers instead of names."""
+def collect(jobs, path, problems, least):
+    """A dataset of all that can be trained on, everything in the train split, under numbers instead of names.
+
+    Volumes with a side of less than `least` pixels are only taken if there are no others.
+    """
+    small = []
 
     def volumes():
+        large = False
         for k, job in enumerate(jobs):
             try:
                 _, found = read(job, problems)
@@ -74,9 +85,18 @@ def collect(jobs, path, problems):
                 problems.append(str(error))
                 continue
             for j, volume in enumerate(found):
-                low, high, slices = finite_range(volume.slices)
+                low, high = finite_range(volume.slices)
+                slices = volume.slices
+                if slices.dtype.kind == "f":  # what is not finite gets the lowest number
+                    slices = np.nan_to_num(slices, nan=low, posinf=high, neginf=low)
                 if high > low and min(slices.shape[1:]) >= 16:
-                    yield volume._replace(name=f"{k:05d}-{j}", source="", slices=slices)
+                    volume = volume._replace(name=f"{k:05d}-{j}", source="", slices=slices)
+                    if min(slices.shape[1:]) >= least:
+                        large = True
+                        yield volume
+                    elif not large:
+                        small.append(volume)
+        yield from [] if large else small
 
     data.write_dataset(path, volumes(), [1.0, 0, 0], {})
 
@@ -103,14 +123,11 @@ def read(job, problems):
 
 
 def finite_range(slices):
-    """(lowest, highest, slices with the lowest number in place of what is not finite)."""
+    """(lowest, highest) finite number; (0, 0) if there is none."""
     if slices.dtype.kind != "f":
-        return float(slices.min()), float(slices.max()), slices
-    good = np.isfinite(slices)
-    if not good.any():
-        return 0.0, 0.0, slices
-    low, high = (float(end(slices, where=good, initial=slices[good][0])) for end in (np.min, np.max))
-    return low, high, slices if good.all() else np.where(good, slices, slices.dtype.type(low))
+        return float(slices.min()), float(slices.max())
+    ends = [(float(s[good].min()), float(s[good].max())) for s in slices if (good := np.isfinite(s)).any()]
+    return (min(e[0] for e in ends), max(e[1] for e in ends)) if ends else (0.0, 0.0)
 
 
 def denoise_volume(volume, denoise):
@@ -118,7 +135,7 @@ def denoise_volume(volume, denoise):
 
     The network's change is added to the stored numbers, so that one that changes nothing returns the same bits.
     """
-    low, high, _ = finite_range(volume.slices)
+    low, high = finite_range(volume.slices)
     if min(volume.slices.shape[1:]) < 16:
         raise ValueError(f"{volume.source}: {'x'.join(map(str, volume.slices.shape[1:]))} pixels, fewer than 16x16")
     if high == low:  # nothing to denoise
@@ -138,41 +155,43 @@ def denoise_volume(volume, denoise):
     return out
 
 
-def run(jobs, denoise, method, record, problems, force=False, std=None):
+def run(jobs, denoise, method, folder, problems, force=False, std=None):
     """Reads, denoises and writes every job. Returns (files written, files that were there already).
 
     Args:
-        denoise: see `denoise_volume`. method: what made it: a change makes all files anew. record: files.json.
-        std: callable (job number, volumes) to the standard deviations, like the volumes; written beside the images.
+        denoise: see `denoise_volume`. method: what made it. folder: where files.json is kept.
+        std: callable (job number, volumes) to the standard deviations, like the volumes; written to Job.std.
     """
+    record = folder / "files.json"
     done = json.loads(record.read_text()) if record.exists() else {}
     written = kept = 0
     for k, job in enumerate(runtime.progress(jobs, "denoise")):
-        name, mark = str(job.paths[0]), f"{job.mark} {method}{' std' if std else ''}"
-        ours = done.get(name, {})
-        if ours == {"mark": mark, "whole": True} and all(path.exists() for path in job.paths):
+        paths = [*job.paths, *([job.std] if std else [])]
+        entry = {"mark": f"{job.mark} {method}"}
+        name = hashlib.blake2b(str([p.relative_to(folder.parent) for p in paths]).encode(), digest_size=8).hexdigest()
+        if done.get(name) == {**entry, "whole": True} and all(path.exists() for path in paths):
             kept += len(job.paths)
             continue
-        there = next((path for path in job.paths if path.exists()), None)
-        if there and not ours and not force:
-            problems.append(f"{there} exists already: --force replaces it")
+        there = next((path for path in paths if path.exists()), None)
+        if there and not force and done.get(name) != {**entry, "whole": False}:
+            problems.append(f"{there} exists already, and is not of this run: --force replaces it")
             continue
         try:
             readable, volumes = read(job, problems)
             arrays = [denoise_volume(volume, denoise) for volume in volumes]
-            note(record, done, name, mark, False)  # from here on, what stands there is ours
+            note(record, done, name, {**entry, "whole": False})  # from here on, what stands there is ours
             formats.write(readable.item, arrays, readable.paths, method)
             if std:
-                formats.write_std(readable.item, std(k, volumes), job.paths[0])
-            note(record, done, name, mark, True)
+                formats.write_std(readable.item, std(k, volumes), job.std)
+            note(record, done, name, {**entry, "whole": readable is job})
             written += len(readable.paths)
-        except (ValueError, OSError) as error:
-            text = " ".join(str(error).split())
-            problems.append(text if str(job.item.files[0].parent) in text else f"{name}: {text}")
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # torch has no other word for "no memory"
+            text = " ".join(str(error).split())[:300]
+            problems.append(text if str(job.item.files[0].parent) in text else f"{job.paths[0]}: {text}")
     return written, kept
 
 
-def note(record, done, name, mark, whole):
-    done[name] = dict(mark=mark, whole=whole)
+def note(record, done, name, entry):
+    done[name] = entry
     with runtime.whole(record) as temporary:
         temporary.write_text(json.dumps(done, indent=1) + "\n")

@@ -358,12 +358,15 @@ def shares_of(split):
 
 def normalised(volume):
     """(values (S,H,W) float32, scale, offset) of a formats.Volume, mapped to [0,1] by its own minimum and maximum."""
-    raw = finite(volume.slices.astype(np.float64), volume.source)
+    raw = finite(volume.slices, volume.source)
     low, high = float(raw.min()), float(raw.max())
     if low == high:
         raise ValueError(f"{volume.source}: volume {volume.name!r} is constant ({low:g}): there is nothing to denoise")
     scale, offset = (low - high, high) if volume.inverted else (high - low, low)
-    return ((raw - offset) / scale).astype(np.float32), scale, offset
+    values = np.empty(raw.shape, np.float32)
+    for s in range(len(raw)):
+        values[s] = (raw[s].astype(np.float64) - offset) / scale
+    return values, scale, offset
 
 
 def import_images(args):
@@ -387,6 +390,8 @@ def write_dataset(path, volumes, shares, args, patch=None):
     Whole volumes are shared out where there are ten or more, or nothing to divide in one; else blocks of slices.
     """
     few = list(itertools.islice(volumes, 10))
+    if not few:
+        raise ValueError("no image that can be trained on: damaged, constant, or smaller than 16x16")
     whole = len(few) == 10 or min(len(v.slices) for v in few) < 10
     names, groups = set(), []
     with write_volumes(path, "dataset", "import", args) as add:

@@ -151,8 +151,8 @@ class Recipe:
         return estimate, student
 
 
-def denoise(recipe):
-    """Runs the recipe on its dataset: leaves the student and the denoised images, and says what can be told of them."""
+def train(recipe):
+    """Runs the recipe on its dataset: leaves the student and the denoised images. Returns the name of the recipe."""
     args, folder = recipe.args, recipe.folder
     estimate, name = recipe.blind_spot_network(), args.recipe
     if name == "auto":
@@ -163,30 +163,42 @@ def denoise(recipe):
     for made, kept in ((out, "denoised.h5"), (student, "student.pt")):
         with runtime.whole(folder / kept) as temporary:
             shutil.copyfile(folder / made, temporary)
+    return name
+
+
+def report(recipe):
+    """Prints what can be told of the denoised images without clean ones."""
+    folder, known = recipe.folder, ["--noise", recipe.path(recipe.model_of_noise)]
     print(f"\nDenoised: {folder / 'denoised.h5'}; the student: {folder / 'student.pt'}\n")
-    known = ["--noise", recipe.path(recipe.model_of_noise)]
-    evaluate.main(["--no-reference", *recipe.data, "--pred", str(folder / "denoised.h5"), "--split", "all", *known])
+    try:
+        evaluate.main(["--no-reference", *recipe.data, "--pred", recipe.path("denoised.h5"), "--split", "all", *known])
+    except ValueError as error:
+        print(f"no report: {error}")
 
 
 def denoise_files(args):
     """Image files in, files of the same kind out, by args.model or by a student trained on them. Returns exit code."""
-    out, model = Path(args.out), args.model
+    out, model, recipe, std = Path(args.out), args.model, None, None
     if model and args.std:
         raise ValueError("--std comes from the posterior update of a training run: a student alone does not know it")
-    jobs, problems = apply.plan(args.inputs, out, args.key, args.acquisition)
-    if not jobs:
-        raise ValueError(problems[0])
+    student = distill.student(model, args.device, args.precision, args.memory) if model else None
+    jobs, problems = apply.plan(args.inputs, out, args.key, args.acquisition, args.std)
     work = out / "diffdenoise"
     work.mkdir(parents=True, exist_ok=True)
     if not model:
         model, dataset = work / "student.pt", str(work / "dataset.h5")
-        recipe = Recipe(args, work, dataset, [job.mark for job in jobs])
-        recipe.stage(lambda argv: apply.collect(jobs, dataset, problems), "dataset.h5")
-        denoise(recipe)
-    student = distill.student(model, args.device, args.precision, args.memory)
+        recipe, least = Recipe(args, work, dataset, [job.mark for job in jobs]), bsn.PRESETS["fast"]["crop"]
+        recipe.stage(lambda argv: apply.collect(jobs, dataset, problems, least), "dataset.h5")
+        name = train(recipe)
+        student = distill.student(model, args.device, args.precision, args.memory)
+        if args.std and name == "recorrupted":
+            std = deviations(work)
+        elif args.std:
+            problems.append("--std: only the recipe recorrupted knows the uncertainty, by its posterior update")
     method = f"DiffDenoise {runtime.RELEASE}, student {runtime.fingerprint(model)}"
-    std = deviations(work) if args.std else None
-    written, kept = apply.run(jobs, student, method, work / "files.json", problems, args.force, std)
+    written, kept = apply.run(jobs, student, method, work, problems, args.force, std)
+    if recipe:
+        report(recipe)
     problems = list(dict.fromkeys(problems))
     for problem in problems:
         print(f"denoise.py: left out: {problem}", file=sys.stderr)
@@ -195,9 +207,10 @@ def denoise_files(args):
 
 
 def deviations(work):
-    """Callable (job number, volumes) to the posterior's standard deviations in the units of the volumes."""
-    if not (work / "posterior_out.h5").exists():
-        raise ValueError("--std needs the recipe recorrupted, whose posterior update knows the uncertainty")
+    """Callable (job number, volumes) to the posterior's standard deviations in the units of the volumes.
+
+    0 for volumes that were not trained on: constant, or too small.
+    """
     std, attrs = data.read_volumes(work / "posterior_out.h5", "std"), data.read_attrs(work / "posterior_out.h5")[1]
 
     def of(k, volumes):
@@ -290,6 +303,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if bool(args.inputs) + bool(args.data) + args.demo != 1:
         raise ValueError("give image files or folders, or --data, or --demo")
+    if args.data and (args.model or args.std or args.force or args.key or args.acquisition):
+        raise ValueError("--model, --std, --force, --key and --acquisition are for image files, not for --data")
     if not args.effort > 0:
         raise ValueError(f"--effort {args.effort:g} is not positive")
     args.out = args.out or ("demo" if args.demo else "denoised")
@@ -297,7 +312,9 @@ def main(argv=None):
         return demo(args)
     if args.inputs:
         return denoise_files(args)
-    denoise(Recipe(args, Path(args.out), args.data, data.fingerprints(args.data)))
+    recipe = Recipe(args, Path(args.out), args.data, data.fingerprints(args.data))
+    train(recipe)
+    report(recipe)
 
 
 if __name__ == "__main__":

@@ -270,6 +270,16 @@ def train(args, checkpoint=None):
         run.report(loss)
 
 
+def tiling(state, memory):
+    """(side, overlap) of tiles, pixels, multiples of 32: a network takes a third of `memory` bytes, if that is enough.
+
+    The overlap is two training crops: the window of the channel attention, 1.5 crops, and what the features beyond add.
+    """
+    bytes_per_pixel = 50 * state["model_args"]["width"]  # measured, float32
+    overlap = -(-2 * state["extra"]["crop"] // 32) * 32
+    return max(2 * overlap + 128, int((memory / 3 / bytes_per_pixel) ** 0.5) // 32 * 32), overlap
+
+
 def student(path, device="auto", precision="auto", memory=2 << 30):
     """The denoiser that a checkpoint holds: callable, (B,1,H,W) noisy to (B,1,H,W) denoised, both on the CPU.
 
@@ -277,9 +287,10 @@ def student(path, device="auto", precision="auto", memory=2 << 30):
     """
     where = runtime.device(device)
     model, state = runtime.restore(NAFNet, path, "distill", where)
+    if not isinstance(state.get("extra", {}).get("crop"), int):
+        raise ValueError(f"{path} does not say on what crops it was trained")
     model.pool_locally(state["extra"]["crop"])
-    bytes_per_pixel = 50 * state["model_args"]["width"]  # measured, float32
-    side = max(512, int((memory / 3 / bytes_per_pixel) ** 0.5) // 32 * 32)
+    side, overlap = tiling(state, memory)
 
     def network(y):
         with runtime.autocast(where, precision):
@@ -287,7 +298,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30):
 
     @torch.inference_mode()
     def denoise(y):
-        return data.tiled(network, y, side)
+        return data.tiled(network, y, side, overlap)
 
     return denoise
 
@@ -305,15 +316,19 @@ def export(path, out):
     except ImportError:
         raise ValueError("--export needs the package onnxscript: pip install onnxscript") from None
     model, state = runtime.restore(NAFNet, path, "distill", "cpu")
-    model = model.pool_locally(state["extra"]["crop"]).to(memory_format=torch.contiguous_format)
+    crop = state["extra"]["crop"]
+    model = model.pool_locally(crop).to(memory_format=torch.contiguous_format)
+    y = torch.rand(2, 1, 2 * crop + 8, 2 * crop + 40)  # larger than the window of the attention
     logging.disable(logging.WARNING)  # torch tells of packages that it could use
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-        program = torch.export.export(model, (torch.rand(2, 1, 200, 232),), dynamic_shapes=(free,))
-        names = dict(input_names=["noisy"], output_names=["denoised"])
-        made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    logging.disable(logging.NOTSET)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+            program = torch.export.export(model, (y,), dynamic_shapes=(free,))
+            names = dict(input_names=["noisy"], output_names=["denoised"])
+            made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
+    finally:
+        logging.disable(logging.NOTSET)
     with runtime.whole(out) as temporary:
         made.save(temporary)
     print(f"distill: {path} -> {out}", flush=True)

@@ -73,7 +73,9 @@ def find(sources, key=None, acquisition=None, reference=None):
             continue
         files = [source]
         if source.is_dir():
-            files = sorted(p for p in source.rglob("*") if p.is_file() and not p.name.startswith("."))
+            # A link that leads nowhere is listed, and found unreadable; what a run left behind is no input.
+            files = sorted(p for p in source.rglob("*") if (p.is_file() or p.is_symlink()) and p.name[0] != ".")
+            files = [p for p in files if "diffdenoise" not in p.relative_to(source).parts]
         root, count, dicom = (source if source.is_dir() else source.parent), len(items), []
         for path in files:
             kind = kind_of(path)
@@ -144,6 +146,11 @@ def outputs(item, folder):
     return [p.with_name(f"{p.name}.png") if p.suffix.lower() in (".jpg", ".jpeg") else p for p in paths]
 
 
+def std_path(item, paths):
+    """Where `write_std` puts the uncertainty of an item whose files go to `paths`."""
+    return paths[0].with_name(f"{paths[0].name}_std{'.nii' if item.kind == 'nifti' else '.tif'}")
+
+
 def write(item, arrays, paths, method):
     """Writes arrays [(S,H,W)], as `read` gave them in order and units, to `paths` as files of the item's kind.
 
@@ -199,8 +206,15 @@ def grey(path, shape, dtype):
 # ---------------------------------------------------------------------------------------------------------------
 # NIfTI
 # ---------------------------------------------------------------------------------------------------------------
+def slice_axis(image):
+    """The axis along which slices follow each other: the third, unless another has the larger voxels."""
+    zooms = [float(z) for z in image.header.get_zooms()[:3]]
+    widest = int(np.argmax(zooms))
+    return widest if len(zooms) == 3 and zooms[widest] > 1.01 * zooms[2] else 2
+
+
 def read_nifti(item):
-    """One Volume for 3D data, one per time point for 4D; slices run along the third axis, (z,y,x); not rescaled."""
+    """One Volume for 3D data, one per time point for 4D; (z,y,x) where the third axis is that of the slices."""
     import nibabel
 
     path = item.files[0]
@@ -208,9 +222,10 @@ def read_nifti(item):
     shape, dtype = image.shape, image.get_data_dtype()
     if len(shape) not in (2, 3, 4) or 0 in shape or dtype.kind not in "uif":
         raise ValueError(f"{path} holds an array of shape {shape} and type {dtype}, not grey slices")
-    check_size(path, np.prod(shape, dtype=float) * dtype.itemsize, path.stat().st_size)
+    check_size(path, np.prod(shape, dtype=float) * dtype.itemsize + image.dataobj.offset, path.stat().st_size)
     raw = np.asanyarray(image.dataobj.get_unscaled())
     raw = raw.reshape(*shape[:2], shape[2] if len(shape) > 2 else 1, -1)
+    raw = np.moveaxis(raw, slice_axis(image), 2)
     stem = re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.I)
     return [
         Volume(f"{stem}_t{t:03d}" if len(shape) == 4 else stem, raw[..., t].T, str(path)) for t in range(raw.shape[3])
@@ -224,9 +239,9 @@ def write_nifti(item, arrays, paths, method):
 
     path = item.files[0]
     image = nibabel.load(path)
-    shape, dtype = image.shape, image.get_data_dtype()
+    shape, dtype, axis = image.shape, image.get_data_dtype(), slice_axis(image)
     start = int(image.dataobj.offset)
-    data = np.stack([as_type(a.T, dtype) for a in arrays], axis=-1).reshape(shape)
+    data = np.stack([np.moveaxis(as_type(a.T, dtype), 2, axis) for a in arrays], axis=-1).reshape(shape)
     with ImageOpener(str(path), "rb") as file:
         header = file.read(start)
     with whole(paths[0]) as temporary, open(temporary, "wb") as plain:
@@ -247,8 +262,14 @@ def read_tiff(item):
 
     path = item.files[0]
     with tifffile.TiffFile(path) as file:
+        if len(file.series) != 1 or len(file.series[0].levels) > 1:
+            raise ValueError(
+                f"{path} holds {len(file.series)} series of images, or a pyramid; only one can be denoised"
+            )
         series, page = file.series[0], file.pages.first
-        check_size(path, series.nbytes, None if page.compression > 1 else path.stat().st_size)
+        check_size(path, series.nbytes, 4 * path.stat().st_size if page.compression in (1, 5, 8, 32946) else None)
+        if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
+            raise ValueError(f"{path} is a colour image; only one channel can be denoised")
         image = one_channel(path, series.asarray(), page.samplesperpixel)
         inverted = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
     return [Volume(path.stem, image.reshape(-1, *image.shape[-2:]), str(path), inverted)]
@@ -266,43 +287,57 @@ def write_tiff(item, arrays, paths, method):
         if len(resolution) == 2:
             unit = tags["ResolutionUnit"].value if "ResolutionUnit" in tags else 2
             kept |= dict(resolution=[n / max(d, 1) for n, d in resolution], resolutionunit=unit)
-        text = tags["ImageDescription"].value if "ImageDescription" in tags else None
+        if "ImageDescription" in tags:
+            kept["description"] = str(tags["ImageDescription"].value).encode()
+        if "Orientation" in tags:
+            kept["extratags"] = [(274, 3, 1, int(tags["Orientation"].value), True)]
         photometric = "miniswhite" if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE else "minisblack"
     values = as_type(arrays[0], dtype)
     values = values.reshape(shape) if values.size == np.prod(shape) else values
     with whole(paths[0]) as temporary:
-        flags = dict(photometric=photometric, description=text, metadata=None, bigtiff=big, byteorder=order)
+        flags = dict(photometric=photometric, metadata=None, bigtiff=big, byteorder=order)
         tifffile.imwrite(temporary, values, software="DiffDenoise", **flags, **kept)
 
 
-def read_picture(item):
-    """One Volume from a PNG, JPEG or BMP file."""
+def open_picture(path):
+    """(array (H,W) or (H,W,channels), what else `save` should write) of a PNG, JPEG or BMP file."""
     from PIL import Image
 
-    path = item.files[0]
     Image.MAX_IMAGE_PIXELS = None  # check_size knows better
     with Image.open(path) as file:
-        check_size(path, np.prod(file.size, dtype=float), path.stat().st_size)
-        image = np.asarray(file.convert("L") if file.mode in "1P" else file)
+        check_size(path, 2.0 * np.prod(file.size, dtype=float) * len(file.getbands()), 2 * path.stat().st_size)
+        if file.mode not in ("1", "L", "LA", "I;16", "RGB", "RGBA", "P"):
+            raise ValueError(f"{path} is stored as {file.mode}; only grey images can be denoised")
+        header = path.open("rb").read(26)
+        if file.format == "PNG" and header[24] == 16 and header[25] != 0:
+            raise ValueError(f"{path} has 16 bits in more than one channel; only one channel can be denoised")
+        kept = {name: file.info[name] for name in ("dpi", "exif", "icc_profile") if name in file.info}
+        if file.mode in "1L" and "transparency" in file.info:
+            kept["transparency"] = file.info["transparency"]
+        mode = {"1": "L", "P": "RGBA" if "transparency" in file.info else "RGB"}.get(file.mode)
+        return np.asarray(file.convert(mode) if mode else file), kept
+
+
+def read_picture(item):
+    """One Volume from a PNG, JPEG or BMP file; 1 bit counts as 8."""
+    path = item.files[0]
+    image, _ = open_picture(path)
     image = one_channel(path, image, image.shape[2] if image.ndim == 3 else 1)
     return [Volume(path.stem, image[None], str(path))]
 
 
 def write_picture(item, arrays, paths, method):
-    """8 or 16 bits as before, resolution kept, transparency too."""
+    """8 or 16 bits as before; resolution, orientation and transparency kept."""
     from PIL import Image
 
-    with Image.open(item.files[0]) as file:
-        before, kept = np.asarray(file.convert("L") if file.mode in "1P" else file), {}
-        if "dpi" in file.info:
-            kept["dpi"] = file.info["dpi"]
-    dtype = before.dtype if before.dtype != np.int32 else np.dtype(np.uint16)
-    values = as_type(arrays[0][0], dtype)
+    before, kept = open_picture(item.files[0])
+    values = as_type(arrays[0][0], before.dtype)
     if before.ndim == 3:
         colours = before.shape[2] - 1 if before.shape[2] in (2, 4) else before.shape[2]
         values = np.concatenate([np.repeat(values[..., None], colours, 2), before[..., colours:]], axis=2)
+    kind = "BMP" if paths[0].suffix.lower() == ".bmp" else "PNG"
     with whole(paths[0]) as temporary:
-        Image.fromarray(values).save(temporary, "BMP" if paths[0].suffix.lower() == ".bmp" else "PNG", **kept)
+        Image.fromarray(values).save(temporary, kind, **(kept if kind == "PNG" else {}))
 
 
 def one_channel(path, image, channels):
@@ -320,7 +355,8 @@ def one_channel(path, image, channels):
 # NumPy
 # ---------------------------------------------------------------------------------------------------------------
 def read_numpy(item):
-    """One Volume from a .npy file of shape (H,W) or (S,H,W); one for each such array of a .npz archive."""
+    """One Volume from a .npy file of shape (H,W) or (S,H,W); one for each such array of a .npz archive, which keeps the
+    rest as it is."""
     path = item.files[0]
     if path.suffix.lower() == ".npy":
         return [numpy_volume(path, path.stem, np.load(path, mmap_mode="r", allow_pickle=False))]
@@ -336,7 +372,10 @@ def read_numpy(item):
                             f"{path}: {member.filename} claims the shape {header[0]}, which it cannot hold"
                         )
         with np.load(path, allow_pickle=False) as arrays:
-            return [numpy_volume(path, f"{path.stem}_{name}", arrays[name]) for name in arrays.files]
+            images = {name: arrays[name] for name in arrays.files if arrays[name].ndim in (2, 3)}
+        if not images:
+            raise ValueError(f"{path} holds no array of two or three dimensions")
+        return [numpy_volume(path, f"{path.stem}_{name}", image) for name, image in images.items()]
     except BadZipFile as error:
         raise ValueError(f"{path} cannot be read as .npz: {error}") from None
 
@@ -354,32 +393,34 @@ def write_numpy(item, arrays, paths, method):
             np.save(file, as_type(arrays[0], like.dtype).reshape(like.shape))
         else:
             with np.load(path, allow_pickle=False) as like:
-                pairs = [(name, like[name]) for name in like.files]
-            np.savez_compressed(
-                file, **{name: as_type(a, x.dtype).reshape(x.shape) for (name, x), a in zip(pairs, arrays)}
-            )
+                out = {name: like[name] for name in like.files}
+            images = [name for name, x in out.items() if x.ndim in (2, 3)]
+            out |= {name: as_type(a, out[name].dtype).reshape(out[name].shape) for name, a in zip(images, arrays)}
+            np.savez_compressed(file, **out)
 
 
 def write_std(item, arrays, path):
-    """Writes the uncertainty beside a denoised file: float32, NIfTI for NIfTI, else a TIFF stack. Returns the path."""
-    stem = re.sub(r"(\.nii)?\.[^.]+$", "", path.name)
+    """Writes standard deviations, [(S,H,W)] like what `read` gave, to `std_path`: float32, NIfTI for NIfTI, else TIFF.
+
+    In the units that a viewer shows for NIfTI, in stored numbers otherwise.
+    """
     if item.kind == "nifti":
         import nibabel
 
         like = nibabel.load(item.files[0])
-        values = np.stack([a.T for a in arrays], axis=-1).reshape(like.shape).astype(np.float32)
+        slope, axis = like.dataobj.slope, slice_axis(like)
+        values = np.stack([np.moveaxis(a.T, 2, axis) for a in arrays], axis=-1).reshape(like.shape) * abs(slope)
         header = like.header.copy()
         header.set_data_dtype(np.float32)
-        path = path.with_name(f"{stem}_std.nii")
+        header.set_slope_inter(1, 0)
         with whole(path) as temporary:
-            temporary.write_bytes(type(like)(values, like.affine, header).to_bytes())
+            temporary.write_bytes(type(like)(values.astype(np.float32), like.affine, header).to_bytes())
     else:
         import tifffile
 
-        path = path.with_name(f"{stem}_std.tif")
+        values = np.concatenate(arrays) if len({a.shape[1:] for a in arrays}) == 1 else arrays[0]
         with whole(path) as temporary:
-            tifffile.imwrite(temporary, np.concatenate(arrays).astype(np.float32), photometric="minisblack")
-    return path
+            tifffile.imwrite(temporary, values.astype(np.float32), photometric="minisblack")
 
 
 # ---------------------------------------------------------------------------------------------------------------

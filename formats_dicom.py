@@ -11,13 +11,18 @@ import warnings
 
 import numpy as np
 import pydicom
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
+from pydicom.filereader import read_file_meta_info
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+)
 
 import formats
 from runtime import whole
 
-TAGS = """SeriesInstanceUID Rows Columns InstanceNumber ImagePositionPatient ImageOrientationPatient NumberOfFrames
-SamplesPerPixel BitsAllocated""".split()
+TAGS = "SeriesInstanceUID Rows Columns InstanceNumber ImagePositionPatient ImageOrientationPatient".split()
 
 
 def quietly(function):
@@ -45,8 +50,12 @@ def series(paths):
     members, problems = {}, []
     for path in paths:
         try:
+            if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+                problems.append(f"{path} is deflated DICOM, which is not read: it may hold any amount")
+                continue
             ds = pydicom.dcmread(path, specific_tags=TAGS, stop_before_pixels=True)
-            if "Rows" not in ds:  # a DICOMDIR or a report, not an image
+            if "Rows" not in ds:
+                problems.append(f"{path} is DICOM without an image")
                 continue
             key = str(ds.get("SeriesInstanceUID", path.parent)), int(ds.Rows), int(ds.Columns)
             members.setdefault(key, []).append((position(ds), path))
@@ -67,13 +76,19 @@ def pixels(path):
     """(dataset, stored numbers (S,H,W)) of one file, or ValueError."""
     try:
         ds = pydicom.dcmread(path)
-        frames = int(ds.get("NumberOfFrames") or 1)
-        size = float(ds.Rows) * ds.Columns * frames * ds.get("SamplesPerPixel", 1) * ds.BitsAllocated / 8
+        syntax = ds.file_meta.TransferSyntaxUID
+        frames, allocated = int(ds.get("NumberOfFrames") or 1), int(ds.BitsAllocated)
+        size = float(ds.Rows) * ds.Columns * frames * ds.get("SamplesPerPixel", 1) * allocated / 8
+        packed = allocated not in (8, 16, 32) or ds.get("HighBit", ds.BitsStored - 1) != ds.BitsStored - 1
     except OSError:
         raise
     except Exception as error:
         raise ValueError(f"{path} cannot be read as DICOM: {type(error).__name__}") from None
     formats.check_size(path, size)
+    if "PixelData" not in ds or packed or syntax == ExplicitVRBigEndian:
+        raise ValueError(f"{path} holds no integer pixels in the usual order of bits and bytes")
+    if "SOPClassUID" not in ds or "SOPInstanceUID" not in ds:
+        raise ValueError(f"{path} lacks the UIDs of a DICOM object")
     if ds.get("SamplesPerPixel", 1) != 1 or ds.get("PhotometricInterpretation") == "PALETTE COLOR":
         raise ValueError(f"{path} is a colour image; only one channel can be denoised")
     try:
@@ -82,6 +97,10 @@ def pixels(path):
         raise
     except Exception as error:
         raise ValueError(f"{path} holds pixels that cannot be decoded: {type(error).__name__}") from None
+    if not syntax.is_compressed and not np.array_equal(
+        np.frombuffer(ds.PixelData, stored.dtype.newbyteorder("<"), stored.size), stored.ravel()
+    ):
+        raise ValueError(f"{path} holds numbers of more than its {ds.BitsStored} bits")
     stored = stored.reshape(-1, *stored.shape[-2:])
     formats.grey(path, stored.shape, stored.dtype)
     return ds, stored
@@ -94,10 +113,15 @@ def scaling(ds):
 @quietly
 def read(item):
     """One Volume: the files of a series, their frames one after the other."""
-    found = [pixels(path) for path in item.files]
-    ds, slopes = found[0][0], {scaling(ds) for ds, _ in found}
-    stacks = [x if len(slopes) == 1 else (x * scaling(d)[0] + scaling(d)[1]).astype(np.float32) for d, x in found]
-    folder = item.files[0].parent
+    stacks, scales, size, folder = [], [], 0, item.files[0].parent
+    for path in item.files:
+        ds, stored = pixels(path)
+        stacks.append(stored)
+        scales.append(scaling(ds))
+        size += stored.nbytes
+        formats.check_size(folder, 2 * size)
+    if len(set(scales)) > 1:
+        stacks = [(x * slope + intercept).astype(np.float32) for x, (slope, intercept) in zip(stacks, scales)]
     inverted = ds.get("PhotometricInterpretation") == "MONOCHROME1"
     return [formats.Volume(folder.name or "series", np.concatenate(stacks), str(folder), inverted)]
 
@@ -123,8 +147,9 @@ def write(item, arrays, paths, method):
         new = formats.as_type(values, before.dtype, *limits)
         padding = ds.get("PixelPaddingValue")
         if padding is not None:
-            new = np.where(before == padding, before, new)
-        derive(ds, new, method)
+            ends = sorted((padding, ds.get("PixelPaddingRangeLimit", padding)))
+            new = np.where((before >= ends[0]) & (before <= ends[1]), before, new)
+        derive(ds, new, method, source)
         with whole(path) as temporary:
             ds.save_as(temporary, enforce_file_format=True)
 
@@ -132,12 +157,15 @@ def write(item, arrays, paths, method):
 TAGS_OF_SCALE = ["RescaleSlope", "RescaleIntercept"]
 
 
-def derive(ds, new, method):
-    """Puts pixels into a dataset, and the tags that tell a derived image from its source."""
+def derive(ds, new, method, path):
+    """Puts pixels into the dataset of `path`, and the tags that tell a derived image from its source."""
     raw = new.astype(new.dtype.newbyteorder("<")).tobytes()
     ds.PixelData = raw + b"\0" * (len(raw) % 2)
     ds["PixelData"].VR = "OB" if ds.BitsAllocated <= 8 else "OW"
     ds["PixelData"].is_undefined_length = False
+    for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):  # of compressed frames
+        if name in ds:
+            del ds[name]
     for name, value in (("SmallestImagePixelValue", new.min()), ("LargestImagePixelValue", new.max())):
         if name in ds:
             ds[name].value = int(value)
@@ -148,15 +176,15 @@ def derive(ds, new, method):
     purpose.CodeMeaning = "Source image for image processing operation"
     source.PurposeOfReferenceCodeSequence = [purpose]
     ds.SourceImageSequence = [source]
-    ds.ImageType = ["DERIVED", "SECONDARY", *list(ds.get("ImageType") or [])[2:]]
+    values = ds.get("ImageType") or []
+    ds.ImageType = ["DERIVED", "SECONDARY", *([] if isinstance(values, str) else list(values)[2:])]
     ds.DerivationDescription = method[:1024]
     ds.SOPInstanceUID = new_uid(ds.get("SOPInstanceUID"), method, raw)
-    ds.SeriesInstanceUID = new_uid(ds.get("SeriesInstanceUID"), method)
-    meta = ds.file_meta if hasattr(ds, "file_meta") else pydicom.dataset.FileMetaDataset()
+    ds.SeriesInstanceUID = new_uid(ds.get("SeriesInstanceUID") or path.parent, method)
+    meta = ds.file_meta
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ds.get("SOPClassUID"), ds.SOPInstanceUID
     if meta.get("TransferSyntaxUID") != ImplicitVRLittleEndian:
         meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.file_meta = meta
 
 
 def new_uid(*sources):

@@ -25,7 +25,7 @@ def wanted(path, acquisition):
     try:
         with h5py.File(path, "r") as file:
             found = file.attrs.get("acquisition")
-            return (found.decode() if isinstance(found, bytes) else found) == acquisition
+            return (found.decode(errors="replace") if isinstance(found, bytes) else str(found)) == acquisition
     except OSError:
         return True
 
@@ -38,9 +38,9 @@ def keys_of(file, path, key):
         return [key]
     if isinstance(file.get("volumes"), h5py.Group):
         return [f"volumes/{name}/noisy" for name in file["volumes"] if "noisy" in file["volumes"][name]]
-    for name in (*RECONSTRUCTIONS, "kspace"):
-        if name in file:
-            return [name]
+    found = [name for name in RECONSTRUCTIONS if name in file] or ["kspace"] * ("kspace" in file)
+    if found:
+        return found
     found = []
     file.visititems(
         lambda name, x: (
@@ -71,7 +71,7 @@ def root_sum_of_squares(kspace, file):
     if kspace.ndim not in (3, 4) or kspace.dtype.kind != "c":
         raise ValueError(f"kspace is {kspace.dtype} of shape {kspace.shape}, not (slices, coils, height, width)")
     h, w = kspace.shape[-2:]
-    header = file["ismrmrd_header"][()] if "ismrmrd_header" in file else b""
+    header = file["ismrmrd_header"][()] if "ismrmrd_header" in file and file["ismrmrd_header"].nbytes < 1 << 24 else b""
     header = header if isinstance(header, bytes) else str(header).encode()
     size = re.search(rb"reconSpace>.*?<(?:\w+:)?x>(\d+)<.*?<(?:\w+:)?y>(\d+)<", header, re.S)
     ch, cw = (min(int(n), m) for n, m in zip(size.groups(), (h, w))) if size else (h, w)
@@ -91,7 +91,9 @@ def read(item):
     with opened(path) as file:
         names = keys_of(file, path, item.key)
         volumes = [
-            formats.Volume(path.stem if len(names) == 1 else name.split("/")[1], array_of(file, path, name), str(path))
+            formats.Volume(
+                path.stem if len(names) == 1 else name.split("/")[-2:][0], array_of(file, path, name), str(path)
+            )
             for name in names
         ]
     if item.reference:
@@ -131,11 +133,15 @@ def write(item, arrays, paths, method):
         names = keys_of(file, path, item.key)
         out.attrs.update(file.attrs)
         for name in file:
-            if name != "kspace" and file.get(name, getlink=True).__class__ is h5py.HardLink:
+            link = file.get(name, getlink=True)
+            if isinstance(link, h5py.HardLink) and name != "kspace":
                 file.copy(name, out, expand_external=False)
+            elif isinstance(link, h5py.SoftLink):
+                out[name] = link
         for name, values in zip(names, arrays):
             if name == "kspace":
                 out.create_dataset(RECONSTRUCTIONS[0], data=np.asarray(values, np.float32))
             else:
                 out[name][...] = formats.as_type(values, file[name].dtype).reshape(file[name].shape)
+            out[name.rpartition("/")[0] or "/"].attrs.pop("fingerprint", None)  # of the noisy images (data.py)
         out.attrs["denoised_by"] = method

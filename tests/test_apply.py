@@ -62,8 +62,11 @@ def test_student_on_files(scans, student):
     (scans / "other").mkdir()
     (scans / "other" / "0.dcm").write_bytes(b"precious")
     done = run("denoise", "scans", "--out", "other", "--model", student, cwd=scans)
-    assert done.returncode == 1 and "0.dcm exists already: --force replaces it" in done.stderr
+    assert done.returncode == 1 and "0.dcm exists already, and is not of this run: --force replaces it" in done.stderr
     assert (scans / "other" / "0.dcm").read_bytes() == b"precious" and (scans / "other/deep/a.npy").exists()
+    done = run("denoise", "scans", "--out", "clean", "--model", student, "--key", "x", cwd=scans)
+    assert done.returncode == 1 and "exists already, and is not of this run" in done.stderr
+    assert contents(scans / "clean") == before
     ok("denoise", "scans", "--out", "other", "--model", student, "--force", cwd=scans)
     assert pydicom.dcmread(scans / "other" / "0.dcm").ImageType[0] == "DERIVED"
 
@@ -76,10 +79,10 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(scans, student):
     (folder / "gone.dcm").symlink_to("nowhere")
     np.save(folder / "colour.npy", np.zeros((2, 3, 20, 20)))
     done = run("denoise", "scans", "--out", "clean", "--model", student, cwd=scans)
-    assert done.returncode == 1 and "5 files written" in done.stdout and "4 left out" in done.stdout
+    assert done.returncode == 1 and "5 files written" in done.stdout and "5 left out" in done.stdout
     lines = done.stderr.splitlines()
-    assert len(lines) == 4 and all("left out: scans/" in line for line in lines), lines
-    for name in ("notes.txt", "half.npy", "2.dcm", "colour.npy"):
+    assert len(lines) == 5 and all("left out: scans/" in line for line in lines), lines
+    for name in ("notes.txt", "half.npy", "2.dcm", "colour.npy", "gone.dcm"):
         assert sum(name in line for line in lines) == 1
     assert not (scans / "clean/2.dcm").exists() and (scans / "clean/3.dcm").exists()
     assert "Doe^Jane" not in done.stdout + done.stderr
@@ -98,6 +101,8 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(scans, student):
         (["scans", "--out", "clean", "--model", "scans/0.dcm"], "is not a whole checkpoint"),
         (["scans", "--out", "clean", "--model", "x.pt", "--std"], "--std comes from"),
         (["scans", "--out", "clean", "--memory", "much"], "not a number of bytes"),
+        (["scans/deep", "--out", "x", "--acquisition", "AXT2", "--model", "x.pt"], "x.pt does not exist"),
+        (["--data", "x.h5", "--force"], "are for image files"),
         (["scans", "--demo"], "give image files or folders, or --data, or --demo"),
         ([], "give image files or folders, or --data, or --demo"),
     ],
@@ -116,7 +121,7 @@ def test_from_scratch_and_killed(scans):
     started = time.monotonic()
     ok("denoise", *flags, "--out", "clean", cwd=scans)
     seconds, whole = time.monotonic() - started, contents(scans / "clean")
-    assert {"0.dcm", "0_std.tif", "deep/a.npy", "deep/a_std.tif"} <= whole.keys()
+    assert {"0.dcm", "0.dcm_std.tif", "deep/a.npy", "deep/a.npy_std.tif"} <= whole.keys()
     for moment in (0.3, 0.6, 0.9):
         argv = [sys.executable, str(ROOT / "denoise.py"), *flags, "--out", "killed"]
         process = subprocess.Popen(argv, cwd=scans, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -148,12 +153,12 @@ def test_full_disk(scans, student, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     denoise = distill.student(student)
-    apply.run(jobs, denoise, "m", scans / "files.json", problems)
+    apply.run(jobs, denoise, "m", scans, problems)
     assert problems and all("No space left" in p for p in problems)
     monkeypatch.undo()
     assert not list(scans.rglob("*.tmp"))
-    assert apply.run(jobs, denoise, "m", scans / "files.json", [])[0] > 0
-    assert apply.run(jobs, denoise, "m", scans / "files.json", []) == (0, 6)
+    assert apply.run(jobs, denoise, "m", scans, [])[0] > 0
+    assert apply.run(jobs, denoise, "m", scans, []) == (0, 6)
 
 
 @pytest.mark.parametrize("size", [(300, 130), (97, 400), (64, 64)])

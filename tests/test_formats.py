@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import h5py
+import imagecodecs
 import nibabel
 import numpy as np
 import pydicom
@@ -33,7 +34,8 @@ def stack(dtype, shape=(5, 20, 24)):
 def through(folder, denoise=lambda y: y.clone(), **flags):
     """Sends folder/in through a denoiser to folder/out; returns the problems."""
     jobs, problems = apply.plan([folder / "in"], folder / "out")
-    apply.run(jobs, denoise, "a test", folder / "files.json", problems, **flags)
+    (folder / "work").mkdir(exist_ok=True)
+    apply.run(jobs, denoise, "a test", folder / "work", problems, **flags)
     return problems
 
 
@@ -109,8 +111,35 @@ def test_dicom_round_trip(there, dtype, bits, flags, monkeypatch):
     assert len({ds.SOPInstanceUID for ds in outs}) == 5 and len({ds.SeriesInstanceUID for ds in outs}) == 1
 
 
+@pytest.mark.parametrize(
+    "syntax, encode, dtype",
+    [
+        (pydicom.uid.JPEG2000Lossless, lambda x: imagecodecs.jpeg2k_encode(x, 0, codecformat="j2k"), "u2"),
+        (pydicom.uid.JPEGLSLossless, imagecodecs.jpegls_encode, "u2"),
+        (pydicom.uid.JPEGLosslessSV1, imagecodecs.ljpeg_encode, "u2"),
+        (pydicom.uid.JPEGBaseline8Bit, imagecodecs.jpeg8_encode, "u1"),
+    ],
+)
+def test_compressed_dicom(there, syntax, encode, dtype):
+    """What another program compressed is decoded, and comes out uncompressed with the same pixels."""
+    raw = stack(dtype)[0] >> (4 if dtype == "u2" else 0)
+    path = there / "in" / "a.dcm"
+    dicom(path, raw, bits=12 if dtype == "u2" else 8)
+    ds = pydicom.dcmread(path)
+    ds.PixelData = pydicom.encaps.encapsulate([encode(raw)])
+    ds.file_meta.TransferSyntaxUID = syntax
+    ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    ds.save_as(path, enforce_file_format=True)
+    assert through(there) == []
+    out = pydicom.dcmread(there / "out" / "a.dcm")
+    assert out.file_meta.TransferSyntaxUID == ExplicitVRLittleEndian
+    assert np.array_equal(out.pixel_array, pydicom.dcmread(path).pixel_array)
+    if dtype == "u2":
+        assert np.array_equal(out.pixel_array, raw)
+
+
 def test_dicom_multiframe_and_series(there):
-    """Frames in one file; two series in a folder; a report without pixels is passed by; PET's slopes differ."""
+    """Frames in one file; two series in a folder; a report without pixels is named; PET's slopes differ."""
     dicom(there / "in" / "cine.dcm", stack("u2") >> 4, frames=5, SeriesInstanceUID="1.9")
     raw = stack("u2") >> 4
     for s in range(5):
@@ -122,12 +151,47 @@ def test_dicom_multiframe_and_series(there):
     report.file_meta.MediaStorageSOPInstanceUID = report.SOPInstanceUID = "1.2.3.99"
     report.save_as(there / "in" / "report.dcm", enforce_file_format=True)
     items, problems = formats.find([there / "in"])
-    assert sorted(len(item.files) for item in items) == [1, 5] and not problems
+    assert sorted(len(item.files) for item in items) == [1, 5]
+    assert len(problems) == 1 and "report.dcm is DICOM without an image" in problems[0]
     pet = formats.read(next(item for item in items if len(item.files) == 5))[0].slices
     np.testing.assert_allclose(pet, raw * (0.5 + np.arange(5))[:, None, None], rtol=1e-6)
-    assert through(there) == []
+    assert through(there) == problems
     for path in (there / "in").glob("[cp]*.dcm"):
         assert np.array_equal(pydicom.dcmread(path).pixel_array, pydicom.dcmread(there / "out" / path.name).pixel_array)
+
+
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        (dict(HighBit=15), "usual order of bits"),
+        (dict(BitsAllocated=1, BitsStored=1, HighBit=0), "usual order of bits"),
+        (dict(BitsStored=8, HighBit=7), "more than its 8 bits"),
+        (dict(SamplesPerPixel=3, PhotometricInterpretation="RGB"), "is a colour image"),
+        (dict(SOPClassUID=None), "lacks the UIDs"),
+    ],
+)
+def test_dicom_that_would_come_out_wrong_is_refused(there, damage, says):
+    path = there / "in" / "a.dcm"
+    dicom(path, stack("u2")[0] >> 4)
+    ds = pydicom.dcmread(path)
+    for name, value in damage.items():
+        setattr(ds, name, value) if value is not None else delattr(ds, name)
+    ds.save_as(path)
+    (problem,) = through(there)
+    assert says in problem and not (there / "out").exists()
+
+
+def test_dicom_without_optional_tags(there):
+    """One value as ImageType, no position, no series: still a valid derived object."""
+    path = there / "in" / "a.dcm"
+    dicom(path, stack("u2")[0] >> 4)
+    ds = pydicom.dcmread(path)
+    ds.ImageType = "ORIGINAL"
+    del ds.SeriesInstanceUID, ds.ImagePositionPatient, ds.InstanceNumber
+    ds.save_as(path)
+    assert through(there) == []
+    out = pydicom.dcmread(there / "out" / "a.dcm")
+    assert list(out.ImageType) == ["DERIVED", "SECONDARY"] and out.SeriesInstanceUID.is_valid
 
 
 def test_padding_stays(there):
@@ -191,6 +255,33 @@ def test_nan_stays_nan(there):
     assert np.isnan(out[:, :5]).all() and np.isfinite(out[:, 5:]).all() and (out[:, 5:] > values[:, 5:]).all()
 
 
+def test_nifti_slices_lie_across_the_thick_axis(there):
+    """A sagittal stack of few thick slices along x: the slices are the (z,y) planes; back, the bits are the same."""
+    values = stack("i2", (12, 40, 30))
+    nibabel.save(nibabel.Nifti1Image(values, np.diag([4.0, 1, 1, 1])), there / "in" / "a.nii")
+    items, _ = formats.find([there / "in"])
+    assert formats.read(items[0])[0].slices.shape == (12, 30, 40)
+    assert through(there) == []
+    assert (there / "in/a.nii").read_bytes() == (there / "out/a.nii").read_bytes()
+
+
+def test_std_beside_the_image(there):
+    """In the units of the NIfTI file, scaling included; a TIFF stack beside anything else."""
+    image = nibabel.Nifti1Image(stack("i2", (20, 24, 5)), np.diag([1.0, 1, 1, 1]))
+    nibabel.save(image, there / "in" / "a.nii")
+    raw = bytearray((there / "in/a.nii").read_bytes())
+    raw[112:120] = struct.pack("<ff", 2.5, -7)
+    (there / "in/a.nii").write_bytes(raw)
+    np.save(there / "in/b.npy", stack("u2"))
+    jobs, problems = apply.plan([there / "in"], there / "out", std=True)
+    (there / "work").mkdir()
+    std = lambda k, volumes: [np.full(v.slices.shape, 3.0) for v in volumes]  # noqa: E731
+    apply.run(jobs, lambda y: y.clone(), "a test", there / "work", problems, std=std)
+    out = nibabel.load(there / "out/a.nii_std.nii")
+    assert not problems and out.shape == image.shape and np.allclose(out.get_fdata(), 7.5)
+    assert (tifffile.imread(there / "out/b.npy_std.tif") == 3).all()
+
+
 @pytest.mark.parametrize("dtype", ["u1", "u2", "i2", "f4"])
 @pytest.mark.parametrize(
     "compression, photometric", [(None, "minisblack"), ("zlib", "miniswhite"), ("lzw", "minisblack")]
@@ -205,6 +296,32 @@ def test_tiff_round_trip(there, dtype, compression, photometric):
         for name in "XResolution YResolution ResolutionUnit ImageDescription PhotometricInterpretation".split():
             assert a.pages[0].tags[name].value == b.pages[0].tags[name].value
         assert a.pages[0].compression == b.pages[0].compression
+
+
+def test_several_series_in_one_tiff_are_refused(there):
+    with tifffile.TiffWriter(there / "in" / "a.tif") as file:
+        file.write(stack("u1", (20, 20)))
+        file.write(stack("u1", (30, 30)))
+    assert "holds 2 series" in through(there)[0]
+
+
+def test_ome_tiff_description(there):
+    tifffile.imwrite(there / "in" / "a.ome.tif", stack("u2"), metadata={"axes": "ZYX", "PhysicalSizeXUnit": "µm"})
+    assert through(there) == []
+    with tifffile.TiffFile(there / "in" / "a.ome.tif") as a, tifffile.TiffFile(there / "out" / "a.ome.tif") as b:
+        assert a.ome_metadata == b.ome_metadata and np.array_equal(a.asarray(), b.asarray())
+
+
+def test_colour_in_disguise_is_refused(there):
+    """Palettes of colours, CMYK, colour at 16 bits."""
+    grey = stack("u1")[0]
+    palette = Image.fromarray(grey % 4).convert("P")
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+    palette.save(there / "in" / "a.png")
+    Image.fromarray(np.stack([grey] * 4, -1), "CMYK").save(there / "in" / "b.jpg")
+    (there / "in" / "c.png").write_bytes(imagecodecs.png_encode(stack("u2", (20, 24, 3))))
+    problems = through(there)
+    assert len(problems) == 3 and not (there / "out").exists(), problems
 
 
 def test_picture_round_trip(there):
@@ -232,12 +349,13 @@ def test_numpy_round_trip(there):
     a, b = stack("u2"), stack("f8", (40, 30))
     np.save(there / "in" / "a.npy", a)
     np.save(there / "in" / "fortran.npy", np.asfortranarray(a))
-    np.savez(there / "in" / "c.npz", a=a, b=b)
+    np.savez(there / "in" / "c.npz", a=a, b=b, spacing=np.ones(3))
     assert through(there) == []
     assert np.array_equal(np.load(there / "out" / "a.npy"), a)
     assert np.array_equal(np.load(there / "out" / "fortran.npy"), a)
     with np.load(there / "out" / "c.npz") as out:
         assert np.array_equal(out["a"], a) and np.array_equal(out["b"], b) and out["b"].dtype == np.float64
+        assert out["spacing"].tolist() == [1, 1, 1]
 
 
 def fastmri(path, images, acquisition="AXT2", kspace=None):
@@ -258,6 +376,9 @@ def test_fastmri_and_m4raw(there):
     images = np.abs(stack("f4")) * 1e-6
     fastmri(there / "in" / "file_brain_AXT2_1.h5", images)
     fastmri(there / "in" / "file_brain_AXT1_1.h5", images, "AXT1")
+    with h5py.File(there / "in" / "file_brain_AXT1_1.h5", "a") as file:
+        file["reconstruction_esc"] = images + 1
+    assert [v.slices.mean() > 0.5 for v in formats.read(formats.find([there / "in"])[0][0])] == [False, True]
     coils = RNG.normal(size=(2, 3, 40, 32)) + 1j * RNG.normal(size=(2, 3, 40, 32))
     kspace = np.fft.fftshift(np.fft.fft2(np.fft.ifftshift(coils, (-2, -1)), norm="ortho"), (-2, -1))
     fastmri(there / "in" / "raw.h5", None, kspace=kspace.astype(np.complex64))
@@ -328,6 +449,7 @@ def test_bombs_are_refused_before_memory_is_taken(there):
     lying.save_as(folder / "f.dcm")
     problems = through(there)
     assert len(problems) == 5, problems
+    assert sum("claims to hold" in problem for problem in problems) == 4  # .npy is mapped, never read beyond its end
     assert sorted(p.name for p in (there / "out").iterdir()) == ["c.npz"]
 
 
