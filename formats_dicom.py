@@ -93,9 +93,9 @@ def pixels(path):
         raise ValueError(f"{path} is a colour image; only one channel can be denoised")
     try:
         stored = ds.pixel_array
-    except OSError:
+    except (OSError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # a panic of a decoder written in Rust is no Exception
         raise ValueError(f"{path} holds pixels that cannot be decoded: {type(error).__name__}") from None
     if not syntax.is_compressed and not np.array_equal(
         np.frombuffer(ds.PixelData, stored.dtype.newbyteorder("<"), stored.size), stored.ravel()

@@ -22,13 +22,13 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from test_formats import dicom, fastmri
+from test_formats import ENCODERS, compressed_dicom, dicom, fastmri
 from test_measure import phantom
 
 import apply
 import noise
 
-EFFORT = ["--effort", "0.01", "--precision", "float32"]
+EFFORT = ["--effort", "0.003", "--precision", "float32"]
 
 
 def make_inputs(folder, side=192):
@@ -41,6 +41,9 @@ def make_inputs(folder, side=192):
     for s in range(3):
         dicom(folder / f"slice{s}.dcm", many[s], s)
     dicom(folder / "packed.dcm", many[3], 7, SeriesInstanceUID="1.7", syntax="1.2.840.10008.1.2.5")
+    for k, syntax in enumerate(ENCODERS):
+        pixels = grey[2] if k == 3 else many[2]
+        compressed_dicom(folder / f"compressed{k}.dcm", pixels, syntax, 10 + k, SeriesInstanceUID=f"1.8.{k}")
     nibabel.save(nibabel.Nifti1Image(many[:2].T.astype(np.int16), np.eye(4)), folder / "head.nii.gz")
     nibabel.save(nibabel.Nifti1Image(images[:1].T, np.eye(4)), folder / "flat.nii")
     tifffile.imwrite(folder / "stack.tif", many[:2], compression="zlib")
