@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 from pathlib import Path
 
 import h5py
@@ -31,6 +32,7 @@ import runtime
 
 FORMAT, VERSION = "diffdenoise", 1
 SPLITS = ("train", "val", "test")
+ROOM = 1 << 20  # bytes for all that a file holds besides its arrays
 IN_MEMORY = 4 << 30  # bytes; larger datasets are read slice by slice
 
 
@@ -183,35 +185,44 @@ def write_volumes(path, kind, stage, args=None, like=None, noise=None):
         volumes = {name: {**volumes[name], "fingerprint": mark} for name, mark in marks.items()}
         if known.get("kind") != "prediction":
             inputs = {Path(like).name: hashlib.blake2b("".join(marks.values()).encode(), digest_size=8).hexdigest()}
-    with runtime.whole(path) as temporary, h5py.File(temporary, "w") as file:
-        flags = {
-            k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in (args or {}).items()
-        }
-        file.attrs.update(
-            format=FORMAT,
-            version=VERSION,
-            kind=kind,
-            stage=stage,
-            seed=int(flags.get("seed") or 0),
-            args=json.dumps(flags),
-            inputs=json.dumps(inputs),
-            noise=json.dumps(noise or known.get("noise", {})),
-        )
-        group_of_all = file.create_group("volumes")
+    claimed = ROOM
+    with runtime.whole(path) as temporary:
+        with h5py.File(temporary, "w") as file:
+            runtime.reserve(temporary, claimed)
+            flags = {
+                k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in (args or {}).items()
+            }
+            file.attrs.update(
+                format=FORMAT,
+                version=VERSION,
+                kind=kind,
+                stage=stage,
+                seed=int(flags.get("seed") or 0),
+                args=json.dumps(flags),
+                inputs=json.dumps(inputs),
+                noise=json.dumps(noise or known.get("noise", {})),
+            )
+            group_of_all = file.create_group("volumes")
 
-        def add(name, shape, keys, **attrs):
-            group = group_of_all.create_group(name)
-            taken = {k: v for k, v in volumes.get(name, {}).items() if not k.startswith("hidden")}
-            group.attrs.update({**taken, **attrs})
-            chunks = (1, *(min(128, n) for n in shape[1:]))
-            out = []
-            for key in keys:
-                key, channels = (key, ()) if isinstance(key, str) else (key[0], key[1:])
-                sizes, parts = (shape[0], *channels, *shape[1:]), (1, *(1 for _ in channels), *chunks[1:])
-                out.append(group.create_dataset(key, sizes, np.float32, chunks=parts))
-            return out
+            def add(name, shape, keys, **attrs):
+                nonlocal claimed
+                group = group_of_all.create_group(name)
+                taken = {k: v for k, v in volumes.get(name, {}).items() if not k.startswith("hidden")}
+                group.attrs.update({**taken, **attrs})
+                chunks = (1, *(min(128, n) for n in shape[1:]))
+                out = []
+                for key in keys:
+                    key, channels = (key, ()) if isinstance(key, str) else (key[0], key[1:])
+                    sizes, parts = (shape[0], *channels, *shape[1:]), (1, *(1 for _ in channels), *chunks[1:])
+                    claimed += 4 * int(np.prod([-(-n // c) * c + 1 for n, c in zip(sizes, parts)], dtype=float))
+                    out.append(group.create_dataset(key, sizes, np.float32, chunks=parts))
+                runtime.reserve(temporary, claimed)
+                return out
 
-        yield add
+            yield add
+            file.flush()
+            size = file.id.get_filesize()
+        os.truncate(temporary, size)
 
 
 # ---------------------------------------------------------------------------------------------------------------

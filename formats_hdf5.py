@@ -6,13 +6,14 @@ this project      /volumes/<name>/noisy (data.py)
 plain             the dataset that `key` names, or the only one of two or three dimensions
 """
 
+import os
 import re
 
 import h5py
 import numpy as np
 
 import formats
-from runtime import whole
+from runtime import reserve, whole
 
 RECONSTRUCTIONS = ("reconstruction_rss", "reconstruction_esc")
 REPETITION = re.compile(r"(.+_(?:FLAIR|T1|T2|GRE))(\d\d)$")
@@ -131,6 +132,7 @@ def write(item, arrays, paths, method):
     path = item.files[0]
     with opened(path) as file, whole(paths[0]) as temporary, h5py.File(temporary, "w") as out:
         names = keys_of(file, path, item.key)
+        reserve(temporary, path.stat().st_size + sum(a.nbytes for a in arrays) + 2**20)
         out.attrs.update(file.attrs)
         for name in file:
             link = file.get(name, getlink=True)
@@ -145,3 +147,7 @@ def write(item, arrays, paths, method):
                 out[name][...] = formats.as_type(values, file[name].dtype).reshape(file[name].shape)
             out[name.rpartition("/")[0] or "/"].attrs.pop("fingerprint", None)  # of the noisy images (data.py)
         out.attrs["denoised_by"] = method
+        out.flush()
+        size = out.id.get_filesize()
+        out.close()
+        os.truncate(temporary, size)

@@ -16,6 +16,7 @@ every N-th crop of a step's batch together see the batch of one process.
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -228,6 +229,18 @@ def whole(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def reserve(path, size):
+    """Claims `size` bytes for a file that is being written: HDF5 does not survive a disk that fills up, so let it show
+    before. Raises OSError. Does nothing where the system cannot."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, int(size))
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                    raise OSError(error.errno, f"{os.strerror(error.errno)}: {path}") from None
 
 
 def load_checkpoint(path, stage=None):
