@@ -130,14 +130,13 @@ def one_reason(item, what):
         if str(path.parent) in str(error):
             raise
         raise ValueError(f"{path}: {error}") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            raise
-        raise ValueError(f"{path} cannot be {what}: {error}"[:300]) from None
     except MemoryError:
         raise ValueError(f"{path} needs more memory than there is") from None
     except Exception as error:
-        raise ValueError(f"{path} cannot be {what}: {type(error).__name__} {error}"[:300]) from None
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        reason = (str(error).splitlines() or [""])[0]  # pydicom's next lines are a traceback
+        raise ValueError(f"{path} cannot be {what}: {type(error).__name__} {reason}"[:300]) from None
 
 
 def outputs(item, folder):
