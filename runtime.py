@@ -252,8 +252,9 @@ def load_checkpoint(path, stage=None):
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds on files that are not its own
+        reason = str(error).split(". ")[0]
         raise ValueError(
-            f"{path} is not a whole checkpoint of plain types, and was not loaded: {error}"[:200]
+            f"{path} is not a whole checkpoint of plain types, and was not loaded: {reason}"[:200]
         ) from None
     found = state.get("stage") if isinstance(state, dict) else None
     if found is None or stage is not None and found != stage:

@@ -83,17 +83,19 @@ def make_dataset(path, seed=0, sizes=((3, 48, 40), (2, 37, 53)), clean=True):
     return path
 
 
-def run(script, *flags, cwd, env=None):
-    """Runs a script of the project in a process of its own; returns it finished, with its output as text.
-
-    Collects every refusal in the file that REFUSALS names: results/refusals.md.
-    """
-    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
-    if done.returncode and "REFUSALS" in os.environ:
-        said = done.stderr.replace(f"{cwd}/", "").rstrip("\n").replace("\n", "\n    ")
+def collect_refusals(said, folder):
+    """Adds what was said to the file that REFUSALS names, for results/refusals.md."""
+    if said and "REFUSALS" in os.environ:
         with open(os.environ["REFUSALS"], "a") as file:
-            file.write(f"    {said}\n")
+            file.writelines(f"    {line}\n" for line in said.replace(f"{folder}/", "").splitlines())
+
+
+def run(script, *flags, cwd, env=None):
+    """Runs a script of the project in a process of its own; returns it finished, with its output as text."""
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+    if done.returncode:
+        collect_refusals(done.stderr, cwd)
     return done
 
 

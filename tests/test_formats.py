@@ -11,6 +11,7 @@ import numpy as np
 import pydicom
 import pytest
 import tifffile
+from conftest import collect_refusals
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
@@ -36,6 +37,7 @@ def through(folder, denoise=lambda y: y.clone(), **flags):
     jobs, problems = apply.plan([folder / "in"], folder / "out")
     (folder / "work").mkdir(exist_ok=True)
     apply.run(jobs, denoise, "a test", folder / "work", problems, **flags)
+    collect_refusals("\n".join(problems), folder)
     return problems
 
 
