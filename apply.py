@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import data
 import formats
+import imports
 import runtime
 
 
@@ -98,7 +98,7 @@ def collect(jobs, path, problems, least):
                         small.append(volume)
         yield from [] if large else small
 
-    data.write_dataset(path, volumes(), [1.0, 0, 0], {})
+    imports.write_dataset(path, volumes(), [1.0, 0, 0], {})
 
 
 def read(job, problems):

@@ -337,110 +337,6 @@ def predict_volumes(args, stage, denoise, keys=("pred",), attrs=None):
 # ---------------------------------------------------------------------------------------------------------------
 # command: import, show
 # ---------------------------------------------------------------------------------------------------------------
-def blocks(count, shares):
-    """Splits `count` consecutive slices into contiguous blocks: [(split, first, end)], val and test in the middle.
-
-    The middle of a volume is the most like the rest of it; its ends often hold little but background.
-    """
-    val, test = at_least_one(count, shares)
-    test = test if shares[0] else count - val
-    first = (count - val - test) // 2 if val + test else 0
-    edges = [("train", 0, first), ("val", first, first + val), ("test", first + val, first + val + test)]
-    return [b for b in [*edges, ("train", first + val + test, count)] if b[1] < b[2]]
-
-
-def at_least_one(count, shares):
-    """How many of `count` things are for val and test: at least one each, unless there are fewer than three in all."""
-    return [max(1, round(count * share)) if share and (count >= 3 or share == 1) else 0 for share in shares[1:]]
-
-
-def shares_of(split):
-    """(train, val, test) shares of --split."""
-    if split in SPLITS:
-        return [float(split == s) for s in SPLITS]
-    try:
-        shares = [float(s) for s in split.split(",")]
-    except ValueError:
-        shares = []
-    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
-        raise ValueError(f"--split {split}: give train, val, test, or three shares that sum to 1, such as 0.8,0.1,0.1")
-    return shares
-
-
-def normalised(volume):
-    """(values (S,H,W) float32, scale, offset) of a formats.Volume, mapped to [0,1] by its own minimum and maximum."""
-    raw = finite(volume.slices, volume.source)
-    low, high = float(raw.min()), float(raw.max())
-    if low == high:
-        raise ValueError(f"{volume.source}: volume {volume.name!r} is constant ({low:g}): there is nothing to denoise")
-    scale, offset = (low - high, high) if volume.inverted else (high - low, low)
-    values = np.empty(raw.shape, np.float32)
-    for s in range(len(raw)):
-        values[s] = (raw[s].astype(np.float64) - offset) / scale
-    return values, scale, offset
-
-
-def import_images(args):
-    """Reads image files, maps each volume linearly to [0,1] by its own minimum and maximum, splits, writes."""
-    if not args.sources and not args.source:
-        raise ValueError("name files or folders to import, or --source brain")
-    shares = shares_of(args.split)
-    items, problems = formats.find(args.sources, args.key, args.acquisition, args.reference)
-    if problems and not items and not args.source:
-        raise ValueError(problems[0])
-    for problem in problems:
-        print(f"left out: {problem}", flush=True)
-    volumes = itertools.chain.from_iterable(formats.read(item) for item in items)
-    volumes = itertools.chain(volumes, [formats.brain()] * (args.source == "brain"))
-    write_dataset(args.out, volumes, shares, vars(args), args.patch)
-
-
-def write_dataset(path, volumes, shares, args, patch=None):
-    """A dataset file of formats.Volumes, one in memory at a time once there are ten.
-
-    Whole volumes are shared out where there are ten or more, or nothing to divide in one; else blocks of slices.
-    """
-    few = list(itertools.islice(volumes, 10))
-    if not few:
-        raise ValueError("no image that can be trained on: damaged, constant, or smaller than 16x16")
-    whole = len(few) == 10 or min(len(v.slices) for v in few) < 10
-    names, groups = set(), []
-    with write_volumes(path, "dataset", "import", args) as add:
-        for volume in itertools.chain(few, volumes):
-            name, number = volume.name.replace("/", "_"), 2
-            while name in names:
-                name, number = f"{volume.name}-{number}", number + 1
-            names.add(name)
-            values, scale, offset = normalised(volume)
-            keys, arrays = ["noisy"], [values]
-            if volume.clean is not None:
-                keys, arrays = ["noisy", "clean"], [values, ((volume.clean - offset) / scale).astype(np.float32)]
-            parts = [("train", 0, len(values))] if whole else blocks(len(values), shares)
-            for split, first, end in parts:
-                part = name if len(parts) == 1 else f"{name}_{first:03d}-{end - 1:03d}"
-                stacks = [patches(a[first:end], patch) for a in arrays]
-                kept = dict(split=split, scale=scale, offset=offset, source=volume.source)
-                written = add(part, stacks[0].shape, keys, **kept, fingerprint=fingerprint(stacks[0]))
-                for array, stack in zip(written, stacks):
-                    array[:] = stack
-                groups.append(written[0].parent)
-        if whole:  # only now is it known how many there are
-            val, test = at_least_one(len(groups), shares)
-            of_volume = [s for s, n in zip(SPLITS, (len(groups) - val - test, val, test)) for _ in range(n)]
-            for group, split in zip(groups, of_volume):
-                group.attrs["split"] = split
-
-
-def patches(slices, size):
-    """The centred grid of whole size x size patches of each slice, as more slices; a side below `size` stays whole."""
-    if size is None:
-        return slices
-    (h, w), (ph, pw) = slices.shape[1:], (min(size, n) for n in slices.shape[1:])
-    y, x = (h % ph) // 2, (w % pw) // 2
-    grid = slices[:, y : y + h // ph * ph, x : x + w // pw * pw].reshape(len(slices), h // ph, ph, w // pw, pw)
-    return grid.transpose(0, 1, 3, 2, 4).reshape(-1, ph, pw)
-
-
 def show(args):
     """Prints what a file holds, a line per volume."""
     attrs, volumes = read_attrs(args.file)
@@ -452,6 +348,8 @@ def show(args):
 
 
 def main(argv=None):
+    import imports  # it stands on this file
+
     p = runtime.parser(__doc__)
     commands = p.add_subparsers(required=True)
     q = commands.add_parser("import", help="image files to a dataset")
@@ -474,12 +372,12 @@ def main(argv=None):
     q.add_argument(
         "--patch", type=runtime.positive, help="cut slices into whole patches of this side, pixels (the paper: 300)"
     )
-    q.set_defaults(run=import_images)
+    q.set_defaults(run=imports.import_images)
     q = commands.add_parser("show", help="what a file holds")
     q.add_argument("file")
     q.set_defaults(run=show)
     args = p.parse_args(argv)
-    if args.run is import_images:
+    if args.run is imports.import_images:
         runtime.check_outputs(args.sources, [args.out])
     run = args.__dict__.pop("run")
     return run(args)
