@@ -23,6 +23,7 @@ import formats
 from runtime import whole
 
 TAGS = "SeriesInstanceUID Rows Columns InstanceNumber ImagePositionPatient ImageOrientationPatient".split()
+TAGS_OF_SCALE = ["RescaleSlope", "RescaleIntercept"]
 
 
 def quietly(function):
@@ -152,9 +153,6 @@ def write(item, arrays, paths, method):
         derive(ds, new, method, source)
         with whole(path) as temporary:
             ds.save_as(temporary, enforce_file_format=True)
-
-
-TAGS_OF_SCALE = ["RescaleSlope", "RescaleIntercept"]
 
 
 def derive(ds, new, method, path):
