@@ -312,19 +312,20 @@ def predict(args):
     def denoise(y):
         return data.tiled(network, y, 1024, 256)
 
-    def with_hidden(y, rows):
+    def with_hidden(y, name, rows):
         offsets = hidden_offsets(rows, stride)
         hidden = [denoise(torch.cat([hide(one[None], stride, *at) for one, at in zip(y, k)]))[:, :1] for k in offsets]
         return torch.cat([denoise(y), *hidden], 1)
 
     keys = ["pred", "std"] if deviation else ["pred"]
+    noisy = data.read_volumes(args.data, "noisy", args.split)
     if not args.hidden:
-        return data.predict_volumes(args, "bsn", lambda y, rows: denoise(y), keys)
+        return data.write_predictions(args, "bsn", args.data, noisy, lambda y, *_: denoise(y), keys)
     period = hidden_offsets(slice(0, stride**2 // HIDDEN), stride).transpose(1, 0, 2)  # then they repeat
     attrs = dict(hidden_stride=stride, hidden_offsets=period)
     if stride > 2:
-        print("bsn: note: only the pixel is hidden, not the neighbours whose noise tells of its own", flush=True)
-    data.predict_volumes(args, "bsn", with_hidden, [*keys, ("hidden", HIDDEN)], attrs)
+        runtime.say("bsn: note: only the pixel is hidden, not the neighbours whose noise tells of its own")
+    data.write_predictions(args, "bsn", args.data, noisy, with_hidden, [*keys, ("hidden", HIDDEN)], attrs)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -363,8 +364,7 @@ def main(argv=None):
         runtime.check_outputs([args.data], [args.out, args.model])
     if not args.predict:
         train(args, runtime.settle(args, PRESETS, "bsn"))
-    if runtime.leave_others():
-        predict(args)
+    predict(args)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ that of the volume it was made from, and whoever uses the two together checks it
     python data.py show knee.h5
 """
 
+import collections
 import contextlib
 import hashlib
 import itertools
@@ -278,13 +279,6 @@ def rms_difference(a, b):
     return (squares / count) ** 0.5
 
 
-def batches(array, size):
-    """Yields (slice object, float32 tensor (b,1,H,W)) over the slices of an (S,H,W) array."""
-    for start in range(0, array.shape[0], size):
-        rows = slice(start, min(start + size, array.shape[0]))
-        yield rows, torch.from_numpy(np.asarray(array[rows], np.float32)[:, None])
-
-
 def tiled(function, y, side, overlap=160):
     """function(y) of y (B,C,H,W), in overlapping tiles of at most side x side pixels, for images too large for one.
 
@@ -317,21 +311,35 @@ def fades(n, side, overlap):
     return out
 
 
-def predict_volumes(args, stage, denoise, keys=("pred",), attrs=None):
-    """Writes what `denoise` makes of every slice of the dataset args.data (of args.split, if not all) to args.out.
+def write_predictions(args, stage, like, volumes, predict, keys=("pred",), attrs=None, batch=4):
+    """Writes what `predict` makes of every slice of `volumes` {name: (S,H,W)} to args.out, made from the file `like`.
 
-    denoise: callable (y (b,1,H,W) on the CPU, rows: slice of slice numbers) to (b,n,H,W): one image for each of `keys`
-    in order, all that is left for a last key (name, n). attrs: what to note of each volume.
+    predict: callable (x (b,1,H,W) float32 on the CPU, volume name, rows: slice of slice numbers) to (b,n,H,W): an image
+    for each of `keys` in order, all that is left for a last key (name, n). attrs: what to note of each volume. Several
+    processes share the batches; rank 0 writes.
     """
-    noisy = read_volumes(args.data, "noisy", args.split)
-    with write_volumes(args.out, "prediction", stage, vars(args), like=args.data) as new_volume:
-        for name, volume in runtime.progress(noisy.items(), stage):
-            arrays = new_volume(name, volume.shape, keys, **(attrs or {}))
-            for rows, y in batches(volume, 4):
-                out = denoise(y, rows)
-                for k, array in enumerate(arrays):
-                    array[rows] = out[:, k] if array.ndim == 3 else out[:, k:]
-    print(f"{stage}: {len(noisy)} volumes -> {args.out}", flush=True)
+
+    def work(item):
+        name, rows = item
+        x = torch.from_numpy(np.asarray(volumes[name][rows], np.float32)[:, None])
+        return predict(x, name, rows).cpu().numpy()
+
+    items = [
+        (name, slice(s, min(s + batch, volume.shape[0])))
+        for name, volume in volumes.items()
+        for s in range(0, volume.shape[0], batch)
+    ]
+    results = runtime.shared(work, items, stage)
+    if runtime.processes()[0]:
+        collections.deque(results, 0)
+        return
+    with write_volumes(args.out, "prediction", stage, vars(args), like=like) as new_volume:
+        for (name, rows), out in results:
+            if rows.start == 0:
+                arrays = new_volume(name, volumes[name].shape, keys, **(attrs or {}))
+            for k, array in enumerate(arrays):
+                array[rows] = out[:, k] if array.ndim == 3 else out[:, k:]
+    print(f"{stage}: {len(volumes)} volumes -> {args.out}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------

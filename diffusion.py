@@ -316,7 +316,7 @@ def train(args, checkpoint=None):
             model_of_noise = noise.given(args.noise, args.data, args.cond)
             variances = [noise.variance(model_of_noise, c[s]).mean() for c in c_all.values() for s in range(c.shape[0])]
             form["augment"] = args.augment * float(np.mean(variances)) ** 0.5
-            print(f"diffusion: noise of {form['augment']:.4f} is added to the condition", flush=True)
+            runtime.say(f"diffusion: noise of {form['augment']:.4f} is added to the condition")
     hidden = read_hidden(args.cond, list(c_all)) if args.condition == "hidden" else None
     torch.manual_seed(args.seed)
     model = UNet(**model_args).to(where, memory_format=torch.channels_last)
@@ -376,7 +376,6 @@ def main(argv=None):
     runtime.check_outputs([args.data, args.cond], [args.model])
     checkpoint = runtime.settle(args, PRESETS, "diffusion")
     train(args, checkpoint)
-    runtime.leave_others()
 
 
 if __name__ == "__main__":

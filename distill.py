@@ -207,7 +207,7 @@ def train(args, checkpoint=None):
         if not args.strength > 0:
             raise ValueError(f"--strength {args.strength:g} is not positive")
         model_of_noise = checkpoint["extra"]["noise"] if checkpoint else noise.given(args.noise, args.data, args.pred)
-        print(f"distill: {noise.summary(model_of_noise)}", flush=True)
+        runtime.say(f"distill: {noise.summary(model_of_noise)}")
         target = data.read_matching(args.pred, args.data, split="train") if args.pred else None
     elif args.target == "clean":
         target = data.read_volumes(args.data, "clean", "train")
@@ -306,7 +306,8 @@ def student(path, device="auto", precision="auto", memory=2 << 30):
 def predict(args):
     """Writes the student's output for every volume of args.data, with the EMA weights of args.model, to args.out."""
     denoise = student(args.model, args.device, args.precision)
-    data.predict_volumes(args, "distill", lambda y, rows: denoise(y))
+    noisy = data.read_volumes(args.data, "noisy", args.split)
+    data.write_predictions(args, "distill", args.data, noisy, lambda y, *_: denoise(y))
 
 
 def export(path, out):
@@ -375,8 +376,7 @@ def main(argv=None):
         if not args.target:
             raise ValueError("--target is needed for training: a prediction file, recorrupted, or clean")
         train(args, runtime.settle(args, PRESETS, "distill"))
-    if runtime.leave_others():
-        predict(args)
+    predict(args)
 
 
 if __name__ == "__main__":

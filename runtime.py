@@ -44,7 +44,10 @@ def command(main):
     DIFFDENOISE_TRACEBACK=1 shows the traceback instead.
     """
     try:
-        sys.exit(main())
+        code = main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        sys.exit(code)
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os._exit(141)
     except (ValueError, OSError) as error:
@@ -199,12 +202,27 @@ def processes():
     return (dist.get_rank(), world) if world > 1 else (0, 1)
 
 
-def leave_others():
-    """Ends the joint work of several processes; True for the one that goes on alone (rank 0)."""
-    first = processes()[0] == 0
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return first
+def shared(function, things, name):
+    """Yields (thing, function(thing)) in order, with a bar on a terminal; processes take the things in turn.
+
+    Only rank 0 gets the results, which travel to it; the others work and yield nothing. function returns numpy arrays.
+    """
+    rank, world = processes()
+    things = list(things)
+    for k in tqdm(range(0, len(things), world), desc=name, disable=True if rank else None, leave=False):
+        mine = function(things[k + rank]) if k + rank < len(things) else None
+        results = [mine]
+        if world > 1:
+            results = [None] * world if rank == 0 else None
+            dist.gather_object(mine, results)
+        if rank == 0:
+            yield from zip(things[k : k + world], results)
+
+
+def say(*words):
+    """Prints, at once; of several processes, rank 0 alone."""
+    if processes()[0] == 0:
+        print(*words, flush=True)
 
 
 def progress(things, name):

@@ -96,30 +96,27 @@ def predict(args):
     trained_on, given = state["inputs"].get("data", {}), data.fingerprints(args.cond)
     changed = [name for name in given if given[name] != trained_on.get(name, given[name])]
     if changed:
-        print(f"srds: note: volume {changed[0]!r} of {args.cond} is not what {args.model} was trained on", flush=True)
-    print(f"srds: EMA weights of {args.model}, step {state['step']}; {args.mode}, {steps} steps", flush=True)
+        runtime.say(f"srds: note: volume {changed[0]!r} of {args.cond} is not what {args.model} was trained on")
+    runtime.say(f"srds: EMA weights of {args.model}, step {state['step']}; {args.mode}, {steps} steps")
     eps_model = diffusion.eps_model(network, abar, form["predict"])
     augment = 0.0 if args.mode == "zero" else form.get("augment", 0.0)
     keys = ["pred", "std"] if args.mode == "pair" else ["pred"]
-    with data.write_volumes(args.out, "prediction", "srds", vars(args), like=args.cond) as new_volume:
-        for name, volume in runtime.progress(condition.items(), "srds"):
-            out = new_volume(name, volume.shape, keys)
-            for rows, c in data.batches(volume, args.batch):
 
-                def noise(k, rows=rows, c=c, name=name):
-                    seeds = [(args.seed, zlib.crc32(name.encode()), s, k) for s in range(rows.start, rows.stop)]
-                    return torch.stack([runtime.gaussian(runtime.step_rng(*s), *c.shape[1:]) for s in seeds]).to(where)
+    def one(c, name, rows):
+        def noise(k):
+            seeds = [(args.seed, zlib.crc32(name.encode()), s, k) for s in range(rows.start, rows.stop)]
+            return torch.stack([runtime.gaussian(runtime.step_rng(*s), *c.shape[1:]) for s in seeds]).to(where)
 
-                c = c.to(where)
+        def given(k):  # as in training: with fresh noise on it, if it was trained so
+            return diffusion.scaled(c + augment * noise(k + 1_000_000) if augment else c)
 
-                def given(k, c=c, noise=noise):  # as in training: with fresh noise on it, if it was trained so
-                    return diffusion.scaled(c + augment * noise(k + 1_000_000) if augment else c)
+        c = c.to(where)
+        with runtime.autocast(where, args.precision):
+            mean, std = sample(eps_model, given, noise, abar, args.mode, args.pairs, steps)
+        mean = diffusion.to_image(mean, c, form)
+        return mean if std is None else torch.cat([mean, std * diffusion.unit(form)], 1)
 
-                with runtime.autocast(where, args.precision):
-                    mean, std = sample(eps_model, given, noise, abar, args.mode, args.pairs, steps)
-                out[0][rows] = diffusion.to_image(mean, c, form)[:, 0].cpu()
-                if std is not None:
-                    out[1][rows] = (std * diffusion.unit(form))[:, 0].cpu()
+    data.write_predictions(args, "srds", args.cond, condition, one, keys, batch=args.batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------

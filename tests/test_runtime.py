@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -71,30 +72,51 @@ def out(stage, name):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_are_one(folder, way):
-    """torchrun with two gloo processes gives the weights of one process with the same global batch."""
+    """torchrun with two gloo processes, stopped and resumed, gives the weights and predictions of one process."""
     stage, *hidden = way.split()
     if hidden == ["hidden"]:
         ok("bsn", "--data", "knee.h5", "--hidden", *TINY["bsn"], cwd=folder)
     inputs = [*WAYS[way][1], *TINY[stage], "--precision", "float32"]
     ok(stage, *inputs, "--model", "one.pt", *out(stage, "one.h5"), cwd=folder)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(ROOT / f"{stage}.py"),
-    ]
-    command += [*map(str, inputs), "--model", "two.pt", *out(stage, "two.h5")]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr
+    for more in (["--stop-at", 2], ["--resume"]):
+        two_processes(stage, *inputs, "--model", "two.pt", *out(stage, "two.h5"), *more, cwd=folder)
+        assert (folder / "two.pt.part").exists() == (more[0] == "--stop-at")
     one, two = weights(folder / "one.pt"), weights(folder / "two.pt")
     for k in one:
         if torch.is_tensor(one[k]):
             torch.testing.assert_close(one[k], two[k], rtol=0, atol=1e-5)
+    if stage != "diffusion":
+        same_predictions(folder / "one.h5", folder / "two.h5")
+
+
+def two_processes(stage, *flags, cwd):
+    """Runs a stage under torchrun, two gloo processes; it must succeed. Returns what it printed."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*launch, str(ROOT / f"{stage}.py"), *map(str, flags)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def same_predictions(one, two):
+    """The same arrays, within 1e-5, of the same volumes."""
+    with h5py.File(one) as a, h5py.File(two) as b:
+        assert list(a["volumes"]) == list(b["volumes"])
+        for name, group in a["volumes"].items():
+            assert list(group) == list(b["volumes"][name])
+            for key in group:
+                np.testing.assert_allclose(group[key][:], b["volumes"][name][key][:], rtol=0, atol=1e-5)
+
+
+def test_two_processes_share_the_slices(made, tmp_path):
+    """srds.py under torchrun: every slice is sampled once, by one of the two, and the file is that of one process."""
+    flags = ["--cond", made / "bsn_out.h5", "--model", made / "diffusion.pt", "--steps", 2, "--batch", 1]
+    flags += ["--precision", "float32"]
+    ok("srds", *flags, "--out", "one.h5", cwd=tmp_path)
+    said = two_processes("srds", *flags, "--out", "two.h5", cwd=tmp_path)
+    assert said.count("EMA weights") == 1 and said.count("2 volumes") == 1
+    same_predictions(tmp_path / "one.h5", tmp_path / "two.h5")
 
 
 def test_terminated_and_resumed(folder):
