@@ -114,7 +114,7 @@ def training_parser(doc, presets, model):
     """The flags that every training stage has. Flags left out (None) are filled in by `settle`."""
     p = network_parser(doc)
     p.add_argument("--model", default=model, help=f"checkpoint to write (default {model})")
-    p.add_argument("--preset", choices=presets, help="fast: two CPU cores; paper: as published, a GPU (default fast)")
+    p.add_argument("--preset", choices=presets, help="fast: two CPU cores (default); paper: as published, a GPU")
     p.add_argument("--resume", action="store_true", help="continue an interrupted run, or extend one by more --steps")
     p.add_argument("--steps", type=positive, help="optimizer steps")
     p.add_argument("--stop-at", type=positive, metavar="STEP", help="leave off after this step, to --resume later")

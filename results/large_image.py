@@ -65,7 +65,7 @@ print(
 )
 
 part = torch.from_numpy(mosaic(2048).astype(np.float32) / 65535)[None, None]
-model, state = runtime.restore(distill.NAFNet, student, "distill", "cpu")
+model, state = runtime.restore(distill.network, student, "distill", "cpu")
 model.pool_locally(state["extra"]["crop"])
 sizes = {"--memory 2G": distill.tiling(state, 2 << 30), "the least": distill.tiling(state, 1)}
 with torch.inference_mode():

@@ -172,7 +172,7 @@ def test_tiles_of_a_local_function_are_exact(size):
 
 def test_tiles_of_the_student_leave_no_seam(student):
     """A trained network whole and in tiles: at most 1e-3 of the range apart, sizes that nothing divides."""
-    model, state = runtime.restore(distill.NAFNet, student, "distill", "cpu")
+    model, state = runtime.restore(distill.network, student, "distill", "cpu")
     model.pool_locally(state["extra"]["crop"])
     y = torch.from_numpy(np.stack(phantom(1, 700))[None]).float()[..., :611]
     with torch.inference_mode():
@@ -184,7 +184,7 @@ def test_onnx(student, tmp_path):
     """Equal to PyTorch within 1e-4 at sizes above and below the pooling window, odd, batched."""
     ok("distill", "--export", tmp_path / "student.onnx", "--model", student, cwd=tmp_path)
     session = onnxruntime.InferenceSession(tmp_path / "student.onnx")
-    model, state = runtime.restore(distill.NAFNet, student, "distill", "cpu")
+    model, state = runtime.restore(distill.network, student, "distill", "cpu")
     model.pool_locally(state["extra"]["crop"])
     for shape in ((1, 1, 97, 203), (3, 1, 40, 16), (1, 1, 256, 256)):
         y = torch.rand(shape)
