@@ -69,36 +69,53 @@ def plan(sources, out, key=None, acquisition=None, std=False):
     return jobs, problems
 
 
-def collect(jobs, path, problems, least):
-    """A dataset of all that can be trained on, everything in the train split, under numbers instead of names.
+WINDOW, PIXELS = 768, 64_000_000  # of large images a window is trained on; of many, as many as make so many pixels
 
-    Volumes with a side of less than `least` pixels are only taken if there are no others.
+
+def collect(jobs, path, problems, least, everything=False):
+    """A dataset of what is trained on, everything in the train split, under numbers instead of names.
+
+    Volumes with a side of less than `least` pixels are only taken if there are no others. What training needs does not
+    grow with the folder: the jobs are taken in random order until there are PIXELS, no volume gives more than a
+    quarter of them, and of large slices a window is taken; `everything` takes all.
     """
-    small = []
+    small, order = [], np.random.default_rng(0).permutation(len(jobs))
 
     def volumes():
-        large = False
-        for k, job in enumerate(jobs):
+        taken = large = 0
+        for k in range(len(jobs)) if everything else order:
+            if taken >= PIXELS and not everything:
+                break
             try:
-                _, found = read(job, problems)
+                _, found = read(jobs[k], problems)
             except (ValueError, OSError) as error:
                 problems.append(str(error))
                 continue
             for j, volume in enumerate(found):
                 low, high = finite_range(volume.slices)
-                slices = volume.slices
+                slices = volume.slices if everything else part(volume.slices, runtime.step_rng(0, k, j))
                 if slices.dtype.kind == "f":  # what is not finite gets the lowest number
                     slices = np.nan_to_num(slices, nan=low, posinf=high, neginf=low)
-                if high > low and min(slices.shape[1:]) >= 16:
-                    volume = volume._replace(name=f"{k:05d}-{j}", source="", slices=slices)
+                if slices.min() < slices.max() and min(slices.shape[1:]) >= 16:
+                    volume = volume._replace(name=f"{k:05d}-{j}", source="", slices=slices, ends=(low, high))
                     if min(slices.shape[1:]) >= least:
                         large = True
+                        taken += slices.size
                         yield volume
                     elif not large:
                         small.append(volume)
         yield from [] if large else small
 
     imports.write_dataset(path, volumes(), [1.0, 0, 0], {})
+
+
+def part(slices, rng):
+    """Of (S,H,W), a window of at most WINDOW pixels a side, and evenly spaced slices, PIXELS / 4 in all at most."""
+    h, w = slices.shape[1:]
+    top, left = (8 * int(rng.integers(max(n - WINDOW, 0) // 8 + 1)) for n in (h, w))  # keeps JPEG's grid in its place
+    slices = slices[:, top : top + WINDOW, left : left + WINDOW]
+    most = max(1, PIXELS // 4 // int(np.prod(slices.shape[1:])))
+    return slices[np.unique(np.linspace(0, len(slices) - 1, min(most, len(slices))).round().astype(int))]
 
 
 def read(job, problems):

@@ -28,6 +28,7 @@ import itertools
 import json
 import multiprocessing
 import platform
+import random
 import re
 import statistics
 import tempfile
@@ -56,82 +57,86 @@ OURS, SAME, PLAIN = "ours", "the same network, plain", "plain"
 # ---------------------------------------------------------------------------------------------------------------
 # what is measured
 # ---------------------------------------------------------------------------------------------------------------
-def denoising_loss(network, y, x):
-    return distill.mse_loss(network(y).float(), x)
-
-
 def blind_loss(network, y, x):
     return bsn.blind_spot_loss(network(y).float(), y)
 
 
 def noise_loss(network, y, x, abar=diffusion.alpha_bar()):  # noqa: B008
     t = torch.randint(len(abar), (len(y),))
-    return diffusion.diffusion_loss(network, (y - x) / LEVEL, diffusion.scaled(x), abar, t, torch.randn_like(y), "v")
+    x0 = (y - x) / LEVEL
+    return diffusion.diffusion_loss(network, x0, diffusion.scaled(x), abar, t, torch.randn_like(y), "v")
 
 
-def kept(preset, *names, **others):
-    return {**{name: preset[name] for name in names}, **others}
+def student_loss(network, y, x):
+    return distill.mse_loss(network(y).float(), x)
 
 
 def networks(size):
-    """{name: (class, arguments, arguments of the plain form, loss, preset)} at `size`, fast or paper."""
+    """{name: (class, arguments, those that differ in the plain form, loss, preset)} at the size fast or paper."""
     b, u, s = bsn.PRESETS[size], diffusion.PRESETS[size], distill.PRESETS[size]
-    puca = kept(b, "width", "enc_blocks", "middle_blocks", dec_blocks=b["enc_blocks"][::-1])
-    unet = kept(u, "width", "mult", "blocks", "attention", "patch", "groups")
-    naf = kept(s if size == "paper" else distill.NAFNET, "width", "enc_blocks", "middle_blocks", "dec_blocks")
+    n = distill.PRESETS["nafnet" if size == "fast" else size]
+    puca = dict(width=b["width"], enc_blocks=b["enc_blocks"], middle_blocks=b["middle_blocks"])
+    puca["dec_blocks"] = b["enc_blocks"][::-1]
+    unet = {name: u[name] for name in ("width", "mult", "blocks", "attention", "patch", "groups")}
+    naf, res = ({name: p[name] for name in ("width", "enc_blocks", "middle_blocks", "dec_blocks")} for p in (n, s))
     found = {
-        "blind-spot network": (bsn.PUCA, {**puca, "dense": b["dense"]}, {}, blind_loss, b),
-        "blind-spot network, PUCA's blocks": (bsn.PUCA, puca, {}, blind_loss, b),
+        "PUCA": (bsn.PUCA, puca, {}, blind_loss, b),
         "diffusion U-Net": (diffusion.UNet, unet, dict(patch=1, groups=32), noise_loss, u),
-        "NAFNet": (distill.NAFNet, naf, {}, denoising_loss, s),
+        "NAFNet": (distill.NAFNet, naf, {}, student_loss, n),
     }
-    if size == "paper":
-        del found["blind-spot network"]  # PUCA's blocks are the paper's
-    else:
-        dense = kept(s, "width", "enc_blocks", "middle_blocks", "dec_blocks")
-        found["student"] = (distill.DenseUNet, dense, {}, denoising_loss, s)
+    if size == "fast":
+        found["blind-spot network of `fast`"] = (bsn.PUCA, dict(puca, dense=True), {}, blind_loss, b)
+        found["student of `fast`"] = (distill.ResUNet, res, {}, student_loss, s)
     return found
 
 
-def network_of(size, name, form, where):
-    """A network in one of its forms, on its device."""
-    kind, arguments, others, *_ = networks(size)[name]
-    torch.manual_seed(0)
-    if form == PLAIN and others:
-        arguments = {**arguments, **others}
-    network = kind(**arguments)
-    return plain.plain(network).to(where) if form != OURS else network.to(where, memory_format=torch.channels_last)
-
-
 def forms_of(size, name):
-    """Ours, the same network in the plain form, and the plain form if it is another network."""
-    kind, arguments, others, *_ = networks(size)[name]
+    """Ours, the same network in the plain form, and the plain form if that is another network."""
+    _, arguments, others, *_ = networks(size)[name]
     return [OURS, SAME, PLAIN] if {**arguments, **others} != arguments else [OURS, PLAIN]
 
 
+def network_of(size, name, form, where, seed=0):
+    """A network in one of its forms, on its device."""
+    kind, arguments, others, *_ = networks(size)[name]
+    torch.manual_seed(seed)
+    network = kind(**{**arguments, **(others if form == PLAIN else {})})
+    return network.to(where, memory_format=torch.channels_last) if form == OURS else plain.plain(network).to(where)
+
+
+def layout(form):
+    return torch.channels_last if form == OURS else torch.contiguous_format
+
+
+def precision(form, where):
+    return runtime.autocast(where, "auto" if form == OURS else "float32")
+
+
 def brain():
-    """({name: noisy}, {name: clean}): the built-in brain with Gaussian noise of 6/255."""
-    x = formats.brain().slices.astype(np.float32) / 255
-    rng = np.random.default_rng(0)
-    return {"brain": np.stack([noise.add(s, "gaussian", LEVEL, 0, rng) for s in x])}, {"brain": x}
+    """[{name: noisy}, {name: clean}]: the built-in brain with Gaussian noise of 6/255."""
+    x, rng = formats.brain().slices.astype(np.float32) / 255, np.random.default_rng(0)
+    return [{"brain": np.stack([noise.add(s, "gaussian", LEVEL, 0, rng) for s in x])}, {"brain": x}]
 
 
-def trainer(network, loss, preset, stacks, batch, crop, where, form, seed=0):
-    """One training step as the scripts take it: a callable without arguments, which returns the loss."""
+def crops_of(stacks, batch, size, form, seed=0):
+    """Training crops without end, in the way of the form: [y, x], each (batch,1,size,size)."""
+    if form == OURS:
+        return (data.random_crops(stacks, batch, size, runtime.step_rng(seed, k)) for k in itertools.count())
+    random.seed(seed)
+    return iter(torch.utils.data.DataLoader(plain.CropDataset(stacks, size, 10**9), batch))
+
+
+def trainer(size, name, form, stacks, batch, crop, where, seed=0):
+    """(network, one training step as the scripts take it: a callable without arguments that returns the loss)."""
+    *_, loss, preset = networks(size)[name]
+    network, crops = network_of(size, name, form, where, seed), crops_of(stacks, batch, crop, form, seed)
     optimizer = torch.optim.AdamW(network.parameters(), lr=preset["lr"], betas=(0.9, preset.get("beta2", 0.999)))
     ema = AveragedModel(network, multi_avg_fn=runtime.ema_update(preset["ema"]))
-    layout = torch.channels_last if form == OURS else torch.contiguous_format
-    precision = "auto" if form == OURS else "float32"
-    if form == OURS:
-        crops = (data.random_crops(stacks, batch, crop, runtime.step_rng(seed, k)) for k in itertools.count())
-    else:
-        np.random.seed(seed)  # noqa: NPY002  the way of such datasets
-        crops = iter(torch.utils.data.DataLoader(plain.CropDataset(stacks, crop, 10**9), batch))
 
     def step():
-        y, x = (z.to(where, memory_format=layout) for z in next(crops))
+        y, x = (z.to(where, memory_format=layout(form)) for z in next(crops))
         optimizer.zero_grad(set_to_none=True)
-        with runtime.autocast(where, precision):
+        with precision(form, where):
             value = loss(network, y, x)
         value.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), preset.get("clip", 1.0))
@@ -139,37 +144,74 @@ def trainer(network, loss, preset, stacks, batch, crop, where, form, seed=0):
         ema.update_parameters(network)
         return value.detach()
 
-    return step
+    return network, step
+
+
+def inference(size, name, form, side, where):
+    """The network on a slice of side x side pixels: a callable without arguments."""
+    network = network_of(size, name, form, where).eval()
+    y = torch.rand(1, 1, side, side, device=where).to(memory_format=layout(form))
+    arguments = (y, y, torch.zeros(1, device=where)) if name == "diffusion U-Net" else (y,)
+
+    @torch.inference_mode()
+    def run():
+        with precision(form, where):
+            return network(*arguments)
+
+    return run
+
+
+def sampler(size, form, steps, where, side=256):
+    """SRDS of one slice: a callable without arguments. The plain form takes a pass for each of the pair."""
+    network = network_of(size, "diffusion U-Net", form, where).eval()
+    c, eps = torch.rand(1, 1, side, side, device=where), torch.randn(1, 1, side, side, device=where)
+    abar = diffusion.alpha_bar()
+    model = diffusion.eps_model(network, abar, "v")
+
+    @torch.inference_mode()
+    def ours():
+        with precision(form, where):
+            return srds.srds(model, c, eps, abar, steps)[0]
+
+    @torch.inference_mode()
+    def theirs():
+        from diffusers import DDIMScheduler
+
+        betas = (1 - abar / torch.cat([torch.ones(1, dtype=abar.dtype), abar[:-1]])).numpy()
+        scheduler = DDIMScheduler(len(abar), trained_betas=betas, clip_sample=False, timestep_spacing="trailing")
+        scheduler.set_timesteps(steps)
+        samples = []
+        for x in (eps, -eps):
+            for t in scheduler.timesteps:
+                x = scheduler.step(model(x, c, t.expand(1)), t, x).prev_sample
+            samples.append(x)
+        return (samples[0] + samples[1]) / 2
+
+    return ours if form == OURS else theirs
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # how it is measured
 # ---------------------------------------------------------------------------------------------------------------
-def wait(where):
+def seconds_of(action, where, times=1):
     if where.type == "cuda":
         torch.cuda.synchronize(where)
+    started = time.perf_counter()
+    for _ in range(times):
+        action()
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+    return (time.perf_counter() - started) / times
 
 
 def alternate(actions, repeats, where, least=0.2):
-    """{form: median seconds} of callables that run in turn, each turn for at least `least` seconds."""
+    """{form: median seconds} of callables that run in turn, `repeats` turns of at least `least` seconds each."""
     turns = {}
     for form, action in actions.items():
-        for _ in range(2):  # caches, and memory
-            action()
-        wait(where)
-        started = time.perf_counter()
-        action()
-        wait(where)
-        turns[form] = max(1, int(least / (time.perf_counter() - started)))
-    seconds = {form: [] for form in actions}
-    for _ in range(repeats):
-        for form, action in actions.items():
-            started = time.perf_counter()
-            for _ in range(turns[form]):
-                action()
-            wait(where)
-            seconds[form].append((time.perf_counter() - started) / turns[form])
-    return {form: statistics.median(s) for form, s in seconds.items()}
+        seconds_of(action, where, 2)  # caches and memory
+        turns[form] = max(1, round(least / seconds_of(action, where)))
+    rounds = [{form: seconds_of(a, where, turns[form]) for form, a in actions.items()} for _ in range(repeats)]
+    return {form: statistics.median(r[form] for r in rounds) for form in actions}
 
 
 def operations(action):
@@ -180,23 +222,242 @@ def operations(action):
 
 
 def resident(where):
-    """Bytes that this process has had in memory at most."""
+    """Megabytes that this process has had in memory at most; None where the system does not say."""
     if where.type == "cuda":
-        return torch.cuda.max_memory_allocated(where)
+        return torch.cuda.max_memory_allocated(where) / 1e6
     status = Path("/proc/self/status")
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) if status.exists() else None
+    return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1e3 if status.exists() else None
 
 
-def memory(what, *args):
-    """Megabytes that what(*args) needs above the start, in a process of its own; None where it cannot be told."""
+def memory(what, *arguments):
+    """Megabytes that what(*arguments, where) needs above the start, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(need, (what, *args))
+        return pool.apply(need, (what, *arguments))
 
 
-def need(what, *args):
-    where = runtime.device(args[-1])
-    torch.ones(1, 1, 32, 32, device=where).to(torch.bfloat16).conv2d(torch.ones(1, 1, 3, 3, device=where).bfloat16()) if 0 else None
+def need(what, *arguments):
+    where = runtime.device()
+    torch.rand(64, 64, device=where) @ torch.rand(64, 64, device=where)
     before = resident(where)
-    what(*args)
-    after = resident(where)
-    return None if after is None else (after - before) / 1e6
+    what(*arguments, where)
+    return before and round(resident(where) - before)
+
+
+def train_steps(size, name, form, batch, crop, where):
+    _, step = trainer(size, name, form, brain(), batch, crop, where)
+    for _ in range(3):
+        step()
+
+
+def infer_once(size, name, form, side, where):
+    inference(size, name, form, side, where)()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# sections: each yields the rows of its table
+# ---------------------------------------------------------------------------------------------------------------
+def compared(actions, rates, args, where, **row):
+    """Rows of forms that run in turn: time, against ours, operations, share of the matrix product's rate."""
+    times = alternate(actions, args.repeats, where)
+    for form, action in actions.items():
+        done, ms = operations(action), 1000 * times[form]
+        rate = rates["bfloat16" if form == OURS and runtime.autocast(where)._enabled else "float32"]
+        yield dict(
+            **row,
+            form=form,
+            ms=round(ms, 2),
+            ratio=round(times[form] / times[OURS], 2),
+            gflop=round(done, 2),
+            share=round(done / times[form] / rate, 2),
+        )
+
+
+def section_train(args, rates, where):
+    for size in args.presets:
+        stacks = brain()
+        for name, (*_, preset) in networks(size).items():
+            batch, crop = (preset["batch"], preset["crop"]) if size == "fast" else (1, 64)
+            forms = forms_of(size, name)
+            actions = {form: trainer(size, name, form, stacks, batch, crop, where)[1] for form in forms}
+            for row in compared(actions, rates, args, where, size=size, network=name, crops=f"{batch}x{crop}x{crop}"):
+                row["images_per_s"] = round(1000 * batch / row["ms"], 1)
+                yield dict(row, memory_mb=memory(train_steps, size, name, row["form"], batch, crop))
+
+
+def section_losses(args, rates, where):
+    """Ours and plain after equal steps: the mean loss on 64 other crops."""
+    stacks = brain()
+    for name, (*_, loss, preset) in networks("fast").items():
+        for form in forms_of("fast", name):
+            found = []
+            for seed in (0, 1):
+                network, step = trainer("fast", name, form, stacks, preset["batch"], preset["crop"], where, seed)
+                for _ in range(args.steps):
+                    step()
+                torch.manual_seed(0)
+                with torch.inference_mode(), precision(form, where):
+                    crops = crops_of(stacks, 16, preset["crop"], OURS, 1000)
+                    found.append(
+                        statistics.mean(loss(network, *(z.to(where) for z in next(crops))).item() for _ in range(4))
+                    )
+            yield dict(network=name, form=form, steps=args.steps, seed_0=round(found[0], 4), seed_1=round(found[1], 4))
+
+
+def section_infer(args, rates, where):
+    for size in args.presets:
+        for name, side in itertools.product(networks(size), (256, 512)):
+            actions = {form: inference(size, name, form, side, where) for form in forms_of(size, name)}
+            for row in compared(actions, rates, args, where, size=size, network=name, slice=f"{side}x{side}"):
+                yield dict(row, memory_mb=memory(infer_once, size, name, row["form"], side))
+
+
+def section_sample(args, rates, where):
+    for size in args.presets:
+        steps = 5 if size == "fast" else 1
+        forms = forms_of(size, "diffusion U-Net")
+        actions = {form: sampler(size, form, steps, where) for form in forms}
+        for row in compared(actions, rates, args, where, size=size, evaluations=2 * steps):
+            yield dict(row, ms_per_evaluation=round(row["ms"] / 2 / steps, 2))
+
+
+def section_crops(args, rates, where):
+    stacks, batch, size = brain()[:1], 8, 96
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "brain.h5"
+        with data.write_volumes(path, "dataset", "bench") as add:
+            for name, volume in stacks[0].items():
+                add(name, volume.shape, ["noisy"], split="train")[0][:] = volume
+        streamed = [data.read_volumes(path, memory=0)]
+        ways = {"in memory": (stacks, OURS), "streamed from HDF5": (streamed, OURS), "DataLoader": (stacks, PLAIN)}
+        crops = {way: crops_of(s, batch, size, form) for way, (s, form) in ways.items()}
+        times = alternate({way: lambda c=c: next(c) for way, c in crops.items()}, args.repeats, where)
+    for way, seconds in times.items():
+        yield dict(
+            way=way, crops=f"{batch}x{size}x{size}", ms=round(1000 * seconds, 2), crops_per_s=round(batch / seconds)
+        )
+
+
+def section_student(args, rates, where):
+    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+    from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, denoise_wavelet
+
+    if not (args.data and args.student):
+        print("bench: the section student needs --data and --student", flush=True)
+        return
+    noisy, clean = (data.read_volumes(args.data, key, "test") for key in ("noisy", "clean"))
+    first, denoise = next(iter(noisy.values()))[0], distill.student(args.student)
+    sigma = data.rms_difference(noisy, clean)
+    ways = {
+        "student": lambda y: denoise(torch.from_numpy(y)[None, None])[0, 0].numpy(),
+        "non-local means, fast": lambda y: denoise_nl_means(
+            y, patch_size=5, patch_distance=6, h=0.8 * sigma, sigma=sigma, fast_mode=True
+        ),
+        "total variation": lambda y: denoise_tv_chambolle(y, weight=sigma),
+        "wavelet": lambda y: denoise_wavelet(y, sigma=sigma, method="BayesShrink", mode="soft", rescale_sigma=True),
+    }
+    large = np.pad(first, [(0, max(0, 512 - n)) for n in first.shape], mode="wrap")[:512, :512]
+    large = np.ascontiguousarray(large, np.float32)
+    times = alternate({way: lambda f=f: f(large) for way, f in ways.items()}, args.repeats, where)
+    for way, f in ways.items():
+        pairs = [(clean[name][s], f(np.asarray(noisy[name][s]))) for name in noisy for s in range(len(noisy[name]))]
+        psnr = np.mean([peak_signal_noise_ratio(x, out, data_range=1.0) for x, out in pairs])
+        ssim = np.mean([structural_similarity(x, out, data_range=1.0) for x, out in pairs])
+        mb = memory(denoise_once, args.student, large) if way == "student" else None
+        row = dict(method=way, ms_512=round(1000 * times[way], 1), memory_mb=mb)
+        yield dict(row, psnr=round(float(psnr), 2), ssim=round(float(ssim), 4), slices=len(pairs))
+
+
+def denoise_once(path, y, where):
+    distill.student(path)(torch.from_numpy(y)[None, None])
+
+
+def section_scaling(args, rates, where):
+    """The student on more slices, and on larger ones: seconds and memory of a process of its own."""
+    for slices, side in ((10, 256), (100, 256), (1000, 256), (10, 128), (10, 512), (10, 1024), (10, 2048)):
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            seconds, mb = pool.apply(predict_many, (slices, side))
+        per_pixel = round(1e9 * seconds / slices / side**2, 1)
+        yield dict(
+            slices=slices,
+            side=side,
+            ms_per_slice=round(1000 * seconds / slices, 1),
+            ns_per_pixel=per_pixel,
+            memory_mb=mb,
+        )
+
+
+def predict_many(slices, side):
+    """(seconds, megabytes above the start) of `distill.py --predict` on a dataset of that size, from file to file."""
+    where, rng = runtime.device(), np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path, model = (str(Path(folder) / name) for name in ("noisy.h5", "student.pt"))
+        with data.write_volumes(path, "dataset", "bench") as add:
+            (array,) = add("v", (slices, side, side), ["noisy"], fingerprint="of the bench")
+            for s in range(slices):
+                array[s] = rng.random((side, side), dtype=np.float32)
+        preset = distill.PRESETS["fast"]
+        arguments = {name: preset[name] for name in ("arch", "width", "enc_blocks", "middle_blocks", "dec_blocks")}
+        weights = distill.network(**arguments).state_dict()
+        torch.save(dict(stage="distill", model_args=arguments, ema=weights, extra=dict(crop=preset["crop"])), model)
+        distill.student(model)(torch.rand(1, 1, 64, 64))
+        before = resident(where)
+        flags = ["--data", path, "--predict", "--model", model, "--out", str(Path(folder) / "out.h5")]
+        seconds = seconds_of(lambda: distill.main(flags), where)
+        return seconds, before and round(resident(where) - before)
+
+
+def rates_of(where):
+    """{precision: operations per 10^-9 s} of a 2048x2048 matrix product."""
+    found = {}
+    for kind in (torch.float32, torch.bfloat16):
+        a = torch.rand(2048, 2048, device=where, dtype=kind)
+        product = alternate({"": lambda a=a: a @ a}, 5, where)[""]
+        found[str(kind).removeprefix("torch.")] = round(2 * 2048**3 / product / 1e9, 1)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# command
+# ---------------------------------------------------------------------------------------------------------------
+def table(rows):
+    """A Markdown table of dicts with the same keys."""
+    lines = [list(rows[0]), ["---"] * len(rows[0]), *([("" if v is None else v) for v in row.values()] for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def main(argv=None):
+    sections = {name.removeprefix("section_"): f for name, f in globals().items() if name.startswith("section_")}
+    p = runtime.parser(__doc__)
+    p.add_argument("--preset", choices=("fast", "paper", "both"), default="both", help="default both")
+    p.add_argument("--sections", nargs="+", choices=sections, help="default: all but losses")
+    p.add_argument("--repeats", type=runtime.positive, default=5, help="turns of which the median is taken (default 5)")
+    p.add_argument("--steps", type=runtime.positive, default=300, help="of the section losses (default 300)")
+    p.add_argument("--data", help="dataset (.h5) with clean images, for the section student")
+    p.add_argument("--student", help="student (.pt) trained on it")
+    p.add_argument("--device", default="auto", help="as of the training scripts (default auto)")
+    p.add_argument("--out", default="bench.json", help="the rows as JSON (default bench.json)")
+    args = p.parse_args(argv)
+    runtime.check_outputs([args.data, args.student], [args.out])
+    args.presets = ("fast", "paper") if args.preset == "both" else (args.preset,)
+    where = runtime.device(args.device)
+    rates = rates_of(where)
+    machine = dict(
+        device=str(where),
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        machine=platform.machine(),
+        matrix_product_gflop_per_s=rates,
+    )
+    print(json.dumps(machine), flush=True)
+    results = dict(machine=machine)
+    for name in args.sections or [name for name in sections if name != "losses"]:
+        rows = list(sections[name](args, rates, where))
+        if rows:
+            results[name] = rows
+            print(f"\n{name}\n\n{table(rows)}", flush=True)
+            with runtime.whole(args.out) as temporary:
+                temporary.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    runtime.command(main)

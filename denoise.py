@@ -188,7 +188,7 @@ def denoise_files(args):
     if not model:
         model, dataset = work / "student.pt", str(work / "dataset.h5")
         recipe, least = Recipe(args, work, dataset, [job.mark for job in jobs]), bsn.PRESETS["fast"]["crop"]
-        recipe.stage(lambda argv: apply.collect(jobs, dataset, problems, least), "dataset.h5")
+        recipe.stage(lambda argv: apply.collect(jobs, dataset, problems, least, args.std), "dataset.h5")
         name = train(recipe)
         student = distill.student(model, args.device, args.precision, args.memory)
         if args.std and name == "recorrupted":

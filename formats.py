@@ -34,6 +34,7 @@ class Volume(NamedTuple):
     """name: unique within its source. slices: (S,H,W) stored numbers. source: file or folder.
 
     inverted: black is the maximum. clean: a reference like `slices`, where the format has one (M4Raw's repetitions).
+    ends: lowest and highest number of the volume that the slices are a part of; None: they are all of it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Volume(NamedTuple):
     source: str
     inverted: bool = False
     clean: np.ndarray | None = None
+    ends: tuple[float, float] | None = None
 
 
 class Item(NamedTuple):

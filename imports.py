@@ -45,9 +45,9 @@ def shares_of(split):
 
 
 def normalised(volume):
-    """(values (S,H,W) float32, scale, offset) of a formats.Volume, mapped to [0,1] by its own minimum and maximum."""
+    """(values (S,H,W) float32, scale, offset) of a formats.Volume, mapped to [0,1] by its minimum and maximum."""
     raw = finite(volume.slices, volume.source)
-    low, high = float(raw.min()), float(raw.max())
+    low, high = volume.ends or (float(raw.min()), float(raw.max()))
     if low == high:
         raise ValueError(f"{volume.source}: volume {volume.name!r} is constant ({low:g}): there is nothing to denoise")
     scale, offset = (low - high, high) if volume.inverted else (high - low, low)

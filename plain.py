@@ -7,6 +7,7 @@ the channel norm as a function of its own, attention as a softmax of a product, 
 """
 
 import copy
+import random
 
 import numpy as np
 import torch
@@ -119,10 +120,10 @@ class CropDataset(torch.utils.data.Dataset):
         return self.length
 
     def __getitem__(self, index):
-        name, s = self.slices[np.random.randint(len(self.slices))]
+        name, s = self.slices[random.randrange(len(self.slices))]
         h, w = self.stacks[0][name].shape[1:]
-        y, x = np.random.randint(h - self.size + 1), np.random.randint(w - self.size + 1)
-        turns, flip = np.random.randint(4), np.random.randint(2)
+        y, x = random.randrange(h - self.size + 1), random.randrange(w - self.size + 1)
+        turns, flip = random.randrange(4), random.randrange(2)
         out = []
         for stack in self.stacks:
             crop = np.rot90(stack[name][s, y : y + self.size, x : x + self.size], turns)

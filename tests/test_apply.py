@@ -161,6 +161,28 @@ def test_full_disk(scans, student, monkeypatch):
     assert apply.run(jobs, denoise, "m", scans, []) == (0, 6)
 
 
+def test_a_large_folder_is_trained_on_in_part(tmp_path, monkeypatch):
+    """Of each file a window, of all so many pixels; normalised as the whole volume is. With --std, everything."""
+    monkeypatch.setattr(apply, "WINDOW", 40)
+    monkeypatch.setattr(apply, "PIXELS", 20_000)
+    (tmp_path / "scans").mkdir()
+    for k in range(6):
+        y = np.random.default_rng(k).integers(100, 900, (3 + 9 * (k == 0), 64, 50)).astype(np.uint16)
+        y[:, :1, 0], y[:, -1:, -1] = 0, 1000  # the ends lie in corners that a window may miss
+        np.save(tmp_path / "scans" / f"{k}.npy", y)
+    jobs, problems = apply.plan([tmp_path / "scans"], tmp_path / "out")
+    apply.collect(jobs, tmp_path / "part.h5", problems, 16)
+    apply.collect(jobs, tmp_path / "all.h5", problems, 16, everything=True)
+    part, attrs = data.read_volumes(tmp_path / "part.h5"), data.read_attrs(tmp_path / "part.h5")[1]
+    whole = data.read_volumes(tmp_path / "all.h5")
+    assert not problems and len(whole) == 6 and whole["00000-0"].shape == (12, 64, 50)
+    assert 20_000 <= sum(v.size for v in part.values()) <= 25_000
+    for name, volume in part.items():
+        assert volume.shape == (3, 40, 40) and attrs[name]["scale"] == 1000 and attrs[name]["offset"] == 0
+        stack = np.lib.stride_tricks.sliding_window_view(whole[name], (40, 40), (1, 2))
+        assert any(np.array_equal(volume[0], stack[s, i, j]) for s, i, j in np.ndindex(stack.shape[:3]))
+
+
 @pytest.mark.parametrize("size", [(300, 130), (97, 400), (64, 64)])
 def test_tiles_of_a_local_function_are_exact(size):
     """What reaches no farther than a quarter of the overlap does not notice that there are tiles."""
