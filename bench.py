@@ -15,9 +15,10 @@ Sections:
     scaling   time per slice for 10, 100, 1000 slices, and per pixel for sides of 128 to 2048
 
 The plain form (plain.py) is that of the reference implementations: (B,C,H,W) memory, float32, their norm, attention and
-dilation, one Python call per crop in a DataLoader; for the U-Net of `fast` also its GroupNorm and full resolution; for
-sampling a loop over the DDIM scheduler of `diffusers`, 25 steps, the two of a pair in two passes. "the same network"
-is ours in the plain form, nothing left out. All forms of a line run in turn, in this process; times are medians.
+dilation, one Python call per crop in a DataLoader; for the U-Net and the student of `fast` also full resolution, and
+the U-Net's GroupNorm; for sampling a loop over the DDIM scheduler of `diffusers`, with a pass for each of the pair.
+"the same network" is ours in the plain form, nothing left out. All forms of a line run in turn, in this process; times
+are medians.
 
 Operations are counted by torch.utils.flop_counter, a multiplication and an addition as two. Their share is of what a
 2048x2048 matrix product reaches here, in the precision that the form uses; convolutions can pass it. Memory is what a
@@ -33,7 +34,10 @@ import re
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -52,6 +56,7 @@ import srds
 
 LEVEL = 6 / 255
 OURS, SAME, PLAIN = "ours", "the same network, plain", "plain"
+UNET = "diffusion U-Net"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -71,36 +76,45 @@ def student_loss(network, y, x):
     return distill.mse_loss(network(y).float(), x)
 
 
+class Case(NamedTuple):
+    """ours: makes the network. theirs: makes that of the plain form, if it is another. preset: of its script."""
+
+    ours: Callable
+    theirs: Callable | None
+    loss: Callable
+    preset: dict
+
+    @property
+    def forms(self):
+        return [OURS, SAME, PLAIN] if self.theirs else [OURS, PLAIN]
+
+
 def networks(size):
-    """{name: (class, arguments, those that differ in the plain form, loss, preset)} at the size fast or paper."""
+    """{name: Case} at the size fast or paper."""
     b, u, s = bsn.PRESETS[size], diffusion.PRESETS[size], distill.PRESETS[size]
     n = distill.PRESETS["nafnet" if size == "fast" else size]
-    puca = dict(width=b["width"], enc_blocks=b["enc_blocks"], middle_blocks=b["middle_blocks"])
-    puca["dec_blocks"] = b["enc_blocks"][::-1]
+    puca = {name: b[name] for name in ("width", "enc_blocks", "middle_blocks")}
+    puca = partial(bsn.PUCA, **puca, dec_blocks=b["enc_blocks"][::-1])
     unet = {name: u[name] for name in ("width", "mult", "blocks", "attention", "patch", "groups")}
     naf, res = ({name: p[name] for name in ("width", "enc_blocks", "middle_blocks", "dec_blocks")} for p in (n, s))
+    published = partial(diffusion.UNet, **{**unet, "patch": 1, "groups": 32}) if size == "fast" else None
     found = {
-        "PUCA": (bsn.PUCA, puca, {}, blind_loss, b),
-        "diffusion U-Net": (diffusion.UNet, unet, dict(patch=1, groups=32), noise_loss, u),
-        "NAFNet": (distill.NAFNet, naf, {}, student_loss, n),
+        "PUCA": Case(puca, None, blind_loss, b),
+        UNET: Case(partial(diffusion.UNet, **unet), published, noise_loss, u),
+        "NAFNet": Case(partial(distill.NAFNet, **naf), None, student_loss, n),
     }
     if size == "fast":
-        found["blind-spot network of `fast`"] = (bsn.PUCA, dict(puca, dense=True), {}, blind_loss, b)
-        found["student of `fast`"] = (distill.ResUNet, res, {}, student_loss, s)
+        full = partial(plain.FullResUNet, **res)
+        found["blind-spot network of `fast`"] = Case(partial(puca, dense=True), None, blind_loss, b)
+        found["student of `fast`"] = Case(partial(distill.ResUNet, **res), full, student_loss, s)
     return found
-
-
-def forms_of(size, name):
-    """Ours, the same network in the plain form, and the plain form if that is another network."""
-    _, arguments, others, *_ = networks(size)[name]
-    return [OURS, SAME, PLAIN] if {**arguments, **others} != arguments else [OURS, PLAIN]
 
 
 def network_of(size, name, form, where, seed=0):
     """A network in one of its forms, on its device."""
-    kind, arguments, others, *_ = networks(size)[name]
+    case = networks(size)[name]
     torch.manual_seed(seed)
-    network = kind(**{**arguments, **(others if form == PLAIN else {})})
+    network = (form == PLAIN and case.theirs or case.ours)()
     return network.to(where, memory_format=torch.channels_last) if form == OURS else plain.plain(network).to(where)
 
 
@@ -130,7 +144,8 @@ def trainer(size, name, form, stacks, batch, crop, where, seed=0):
     """(network, one training step as the scripts take it: a callable without arguments that returns the loss)."""
     *_, loss, preset = networks(size)[name]
     network, crops = network_of(size, name, form, where, seed), crops_of(stacks, batch, crop, form, seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=preset["lr"], betas=(0.9, preset.get("beta2", 0.999)))
+    betas, fused = (0.9, preset.get("beta2", 0.999)), form == OURS
+    optimizer = torch.optim.AdamW(network.parameters(), lr=preset["lr"], betas=betas, fused=fused)
     ema = AveragedModel(network, multi_avg_fn=runtime.ema_update(preset["ema"]))
 
     def step():
@@ -151,7 +166,7 @@ def inference(size, name, form, side, where):
     """The network on a slice of side x side pixels: a callable without arguments."""
     network = network_of(size, name, form, where).eval()
     y = torch.rand(1, 1, side, side, device=where).to(memory_format=layout(form))
-    arguments = (y, y, torch.zeros(1, device=where)) if name == "diffusion U-Net" else (y,)
+    arguments = (y, y, torch.zeros(1, device=where)) if name == UNET else (y,)
 
     @torch.inference_mode()
     def run():
@@ -163,7 +178,7 @@ def inference(size, name, form, side, where):
 
 def sampler(size, form, steps, where, side=256):
     """SRDS of one slice: a callable without arguments. The plain form takes a pass for each of the pair."""
-    network = network_of(size, "diffusion U-Net", form, where).eval()
+    network = network_of(size, UNET, form, where).eval()
     c, eps = torch.rand(1, 1, side, side, device=where), torch.randn(1, 1, side, side, device=where)
     abar = diffusion.alpha_bar()
     model = diffusion.eps_model(network, abar, "v")
@@ -275,10 +290,9 @@ def compared(actions, rates, args, where, **row):
 def section_train(args, rates, where):
     for size in args.presets:
         stacks = brain()
-        for name, (*_, preset) in networks(size).items():
-            batch, crop = (preset["batch"], preset["crop"]) if size == "fast" else (1, 64)
-            forms = forms_of(size, name)
-            actions = {form: trainer(size, name, form, stacks, batch, crop, where)[1] for form in forms}
+        for name, case in networks(size).items():
+            batch, crop = (case.preset["batch"], case.preset["crop"]) if size == "fast" else (1, 64)
+            actions = {form: trainer(size, name, form, stacks, batch, crop, where)[1] for form in case.forms}
             for row in compared(actions, rates, args, where, size=size, network=name, crops=f"{batch}x{crop}x{crop}"):
                 row["images_per_s"] = round(1000 * batch / row["ms"], 1)
                 yield dict(row, memory_mb=memory(train_steps, size, name, row["form"], batch, crop))
@@ -287,8 +301,9 @@ def section_train(args, rates, where):
 def section_losses(args, rates, where):
     """Ours and plain after equal steps: the mean loss on 64 other crops."""
     stacks = brain()
-    for name, (*_, loss, preset) in networks("fast").items():
-        for form in forms_of("fast", name):
+    for name, case in networks("fast").items():
+        preset = case.preset
+        for form in case.forms:
             found = []
             for seed in (0, 1):
                 network, step = trainer("fast", name, form, stacks, preset["batch"], preset["crop"], where, seed)
@@ -298,24 +313,25 @@ def section_losses(args, rates, where):
                 with torch.inference_mode(), precision(form, where):
                     crops = crops_of(stacks, 16, preset["crop"], OURS, 1000)
                     found.append(
-                        statistics.mean(loss(network, *(z.to(where) for z in next(crops))).item() for _ in range(4))
+                        statistics.mean(
+                            case.loss(network, *(z.to(where) for z in next(crops))).item() for _ in range(4)
+                        )
                     )
             yield dict(network=name, form=form, steps=args.steps, seed_0=round(found[0], 4), seed_1=round(found[1], 4))
 
 
 def section_infer(args, rates, where):
     for size in args.presets:
-        for name, side in itertools.product(networks(size), (256, 512)):
-            actions = {form: inference(size, name, form, side, where) for form in forms_of(size, name)}
+        for (name, case), side in itertools.product(networks(size).items(), (256, 512)):
+            actions = {form: inference(size, name, form, side, where) for form in case.forms}
             for row in compared(actions, rates, args, where, size=size, network=name, slice=f"{side}x{side}"):
                 yield dict(row, memory_mb=memory(infer_once, size, name, row["form"], side))
 
 
 def section_sample(args, rates, where):
     for size in args.presets:
-        steps = 5 if size == "fast" else 1
-        forms = forms_of(size, "diffusion U-Net")
-        actions = {form: sampler(size, form, steps, where) for form in forms}
+        steps = diffusion.PRESETS[size]["sampling_steps"] if size == "fast" else 1
+        actions = {form: sampler(size, form, steps, where) for form in networks(size)[UNET].forms}
         for row in compared(actions, rates, args, where, size=size, evaluations=2 * steps):
             yield dict(row, ms_per_evaluation=round(row["ms"] / 2 / steps, 2))
 

@@ -212,7 +212,7 @@ PRESETS = {
         dense=True,
         loss="l2",
         beta2=0.99,
-        steps=3000,
+        steps=1500,
         batch=2,
         crop=96,
         lr=2e-3,
@@ -258,7 +258,7 @@ def train(args, checkpoint=None):
         )
     )
     model = PUCA(**model_args).to(where, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2), weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2), weight_decay=0, fused=True)
     scheduler = runtime.warmup_cosine(optimizer, args.steps)
     ema = AveragedModel(model, multi_avg_fn=runtime.ema_update(args.ema))
     run = runtime.Training(

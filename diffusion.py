@@ -231,7 +231,7 @@ PRESETS = {
         lr=1e-3,
         ema=0.995,
         T=1000,
-        sampling_steps=5,
+        sampling_steps=2,
     ),
     # Widths, schedule, optimizer and EMA of improved DDPM at 256 pixels; the paper gives "200 epochs".
     "paper": dict(
@@ -320,7 +320,7 @@ def train(args, checkpoint=None):
     hidden = read_hidden(args.cond, list(c_all)) if args.condition == "hidden" else None
     torch.manual_seed(args.seed)
     model = UNet(**model_args).to(where, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0, fused=True)
     scheduler = runtime.warmup_cosine(optimizer, args.steps)
     ema = AveragedModel(model, multi_avg_fn=runtime.ema_update(args.ema))
     abar = alpha_bar(form["T"])

@@ -197,15 +197,16 @@ FAST = dict(
     strength=0.3,
     beta2=0.99,
     clip=1.0,
-    steps=1500,
-    batch=4,
+    steps=5000,
+    batch=2,
     crop=96,
     lr=2e-3,
     ema=0.995,
 )
+NAF = dict(arch="nafnet", width=16, enc_blocks=[1, 1, 2], middle_blocks=2, dec_blocks=[1, 1, 1], steps=1500, batch=4)
 PRESETS = {
     "fast": FAST,
-    "nafnet": dict(FAST, arch="nafnet", width=16, enc_blocks=[1, 1, 2], middle_blocks=2, dec_blocks=[1, 1, 1]),
+    "nafnet": {**FAST, **NAF},
     # NAFNet's SIDD settings (width 32): 200k steps, AdamW betas (0.9, 0.9), gradient norm at most 0.01.
     "paper": dict(
         arch="nafnet",
@@ -265,7 +266,7 @@ def train(args, checkpoint=None):
         started, state = runtime.restore(network, args.init, "distill", "cpu")
         model, model_args = started.train(), state["model_args"]
     model = model.to(where, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2), weight_decay=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2), weight_decay=0, fused=True)
     scheduler = runtime.warmup_cosine(optimizer, args.steps)
     ema = AveragedModel(model, multi_avg_fn=runtime.ema_update(args.ema))
     run = runtime.Training(

@@ -17,6 +17,7 @@ from einops import rearrange
 
 import bsn
 import diffusion
+import distill
 
 
 class NormFunction(torch.autograd.Function):
@@ -95,6 +96,12 @@ class DilatedPUCA(nn.Module):
             x = decoder(x + skips.pop())
         x = ours.tail(torch.cat([x, seen], 1) if ours.dense else x)
         return x[..., before : before + h, before : before + w]
+
+
+class FullResUNet(distill.ResUNet):
+    """The student of `fast` as a U-Net is usually written: at full resolution."""
+
+    patch = 1
 
 
 def plain(network):

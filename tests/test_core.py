@@ -19,6 +19,7 @@ USES = {
     "assert m.abs().max() < 1e-6 < h.abs().max()",
     "distill": "net = NAFNet(width=8, enc_blocks=(1,), middle_blocks=1, dec_blocks=(1,))\n"
     "psnr_loss(net(torch.rand(1, 1, 20, 17)), 0).backward()\n"
+    "net = ResUNet(width=8)\n"
     "recorruption_loss(net, torch.rand(1, 1, 20, 17), torch.rand(1, 1, 20, 17)).backward()",
     "noise": "assert add(np.zeros((8, 8)), 'gaussian', 0.1, 0.5).std() > 0.01\n"
     "m = known('poisson', 100); assert variance(m, 0.5) == 0.005; sample(m, np.zeros((8, 8)), np.random.default_rng())",

@@ -1,4 +1,4 @@
-"""Stage 5: NAFNet and its local pooling."""
+"""Stage 5: the student's networks, NAFNet's local pooling, recorruption."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from conftest import TINY, make_dataset, ok, run
 
 import data
 import noise
-from distill import NAFNet, local_mean, psnr_loss, recorruption_loss
+from distill import NAFNet, ResUNet, local_mean, psnr_loss, recorruption_loss
 
 
 def test_published_size():
@@ -17,11 +17,12 @@ def test_published_size():
         assert sum(p.numel() for p in NAFNet().parameters()) == 29_158_561
 
 
+@pytest.mark.parametrize("network", [NAFNet, ResUNet])
 @pytest.mark.parametrize("h, w", [(16, 16), (37, 53), (300, 300)])
-def test_residual_and_any_size(h, w):
-    """Blocks start as the identity (beta = gamma = 0); the output is the input plus the outro; any size fits."""
+def test_residual_and_any_size(h, w, network):
+    """Blocks start as the identity; the output is the input plus the outro; any size fits."""
     torch.manual_seed(0)
-    net = NAFNet(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1))
+    net = network(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1))
     x, y = torch.randn(1, 8, 16, 16), torch.rand(1, 1, h, w)
     assert torch.equal(net.middle[0](x.repeat(1, 4, 1, 1)), x.repeat(1, 4, 1, 1))
     correction = net(y) - y
@@ -77,6 +78,8 @@ def test_supervised_needs_clean(made, tmp_path):
     flags = ["--data", "knee.h5", "--target", "clean", *TINY["distill"], "--model", "sup.pt", "--out", "sup.h5"]
     ok("distill", *flags, cwd=made)
     assert set(data.read_volumes(made / "sup.h5", "pred")) == {"v0", "v1"}
+    ok("distill", *flags, "--preset", "nafnet", cwd=made)
+    assert torch.load(made / "sup.pt", weights_only=True)["model_args"]["arch"] == "nafnet"
     make_dataset(tmp_path / "knee.h5", clean=False)
     done = run("distill", *flags, cwd=tmp_path)
     assert done.returncode == 2 and "has no 'clean'" in done.stderr

@@ -53,8 +53,9 @@ def test_unet():
     same(ours, x, c, torch.tensor([3, 500]))
 
 
-def test_nafnet():
-    same(shaken(distill.NAFNet(**SMALL)), torch.rand(2, 1, 33, 40, dtype=torch.double))
+@pytest.mark.parametrize("network", [distill.NAFNet, distill.ResUNet])
+def test_students(network):
+    same(shaken(network(**SMALL)), torch.rand(2, 1, 33, 40, dtype=torch.double))
 
 
 def test_norm_gradient():

@@ -185,5 +185,5 @@ def test_fraction(text, value):
 
 
 def test_help_of_every_script(tmp_path):
-    for script in ("data", "noise", "bsn", "diffusion", "srds", "distill", "baselines", "evaluate", "denoise"):
+    for script in ("data", "noise", "bsn", "diffusion", "srds", "distill", "baselines", "evaluate", "denoise", "bench"):
         assert "usage:" in ok(script, "--help", cwd=tmp_path).stdout

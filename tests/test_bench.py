@@ -1,0 +1,33 @@
+"""bench.py: what it times is what it says, and its sections run."""
+
+import json
+
+import pytest
+import torch
+from conftest import ok
+
+import bench
+import runtime
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+def test_the_two_samplers_agree(monkeypatch, steps):
+    """The loop over the scheduler of `diffusers`, two passes, and ours: the same image from the same network."""
+    monkeypatch.setattr(bench, "precision", lambda form, where: runtime.autocast(where, "float32"))
+    where, out = torch.device("cpu"), []
+    for form in (bench.OURS, bench.SAME):
+        torch.manual_seed(0)
+        made = bench.sampler("fast", form, steps, where, side=32)
+        out.append(made())
+    torch.testing.assert_close(*out, rtol=1e-4, atol=1e-4)
+
+
+def test_sections(made, tmp_path):
+    flags = ["--preset", "fast", "--repeats", 1, "--data", made / "knee.h5", "--student", made / "student.pt"]
+    said = ok("bench", *flags, "--sections", "student", "crops", "losses", "--steps", 1, cwd=tmp_path).stdout
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert {row["method"] for row in found["student"]} > {"student", "wavelet"} and "| wavelet |" in said
+    assert all(20 < row["psnr"] < 50 and row["ms_512"] > 0 for row in found["student"])
+    assert {row["way"] for row in found["crops"]} == {"in memory", "streamed from HDF5", "DataLoader"}
+    by_form = {(row["network"], row["form"]): row for row in found["losses"]}
+    assert len(by_form) == 12 and found["machine"]["matrix_product_gflop_per_s"]["float32"] > 0
