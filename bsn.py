@@ -318,7 +318,7 @@ def predict(args):
         return torch.cat([denoise(y), *hidden], 1)
 
     keys = ["pred", "std"] if deviation else ["pred"]
-    noisy = data.read_volumes(args.data, "noisy", args.split)
+    noisy = data.read_volumes(args.data, "noisy", args.split, data.TO_PREDICT)
     if not args.hidden:
         return data.write_predictions(args, "bsn", args.data, noisy, lambda y, *_: denoise(y), keys)
     period = hidden_offsets(slice(0, stride**2 // HIDDEN), stride).transpose(1, 0, 2)  # then they repeat

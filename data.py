@@ -35,6 +35,7 @@ FORMAT, VERSION = "diffdenoise", 1
 SPLITS = ("train", "val", "test")
 ROOM = 1 << 20  # bytes for all that a file holds besides its arrays
 IN_MEMORY = 4 << 30  # bytes; larger datasets are read slice by slice
+TO_PREDICT = 64 << 20  # the same where every slice is read once
 
 
 # ---------------------------------------------------------------------------------------------------------------

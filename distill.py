@@ -310,9 +310,10 @@ def train(args, checkpoint=None):
 def tiling(state, memory):
     """(side, overlap) of tiles, pixels, multiples of 32: a network takes a third of `memory` bytes, if that is enough.
 
-    The overlap is two training crops: the window of the channel attention, 1.5 crops, and what the features beyond add.
+    The overlap is two training crops: NAFNet's attention has a window of 1.5 crops, and the features reach beyond.
     """
-    bytes_per_pixel = 50 * state["model_args"]["width"]  # measured, float32
+    factor = {"nafnet": 50, "resunet": 10}[state["model_args"].get("arch", "nafnet")]  # measured, float32
+    bytes_per_pixel = factor * state["model_args"]["width"]
     overlap = -(-2 * state["extra"]["crop"] // 32) * 32
     return max(2 * overlap + 128, int((memory / 3 / bytes_per_pixel) ** 0.5) // 32 * 32), overlap
 
@@ -343,7 +344,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30):
 def predict(args):
     """Writes the student's output for every volume of args.data, with the EMA weights of args.model, to args.out."""
     denoise = student(args.model, args.device, args.precision)
-    noisy = data.read_volumes(args.data, "noisy", args.split)
+    noisy = data.read_volumes(args.data, "noisy", args.split, data.TO_PREDICT)
     data.write_predictions(args, "distill", args.data, noisy, lambda y, *_: denoise(y))
 
 

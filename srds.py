@@ -92,7 +92,7 @@ def predict(args):
     form, abar = state["extra"], diffusion.alpha_bar(state["extra"]["T"])
     steps = args.steps or form["sampling_steps"]
     timesteps(len(abar), steps)
-    condition = data.read_volumes(args.cond, "pred", args.split)
+    condition = data.read_volumes(args.cond, "pred", args.split, data.TO_PREDICT)
     trained_on, given = state["inputs"].get("data", {}), data.fingerprints(args.cond)
     changed = [name for name in given if given[name] != trained_on.get(name, given[name])]
     if changed:

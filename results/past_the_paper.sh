@@ -14,7 +14,7 @@ main=$(cd "$(dirname "$0")/.." && pwd) python=${PYTHON:-python}
 hidden= bsn_steps=1500 diffusion_steps=700 student_steps=800
 mkdir -p "$out"; cd "$out"; [ "${clean:0:1}" = / ] || clean=$OLDPWD/$clean
 make() { local file=$1 script=$2; shift 2; [ -e "$file" ] || "$python" "$main/$script.py" "$@" >> log.txt 2>&1; }
-student() { local name=$1; shift; make "$name.h5" distill --data noisy.h5 --seed "$seed" --split test \
+student() { local name=$1; shift; make "$name.h5" distill --preset nafnet --data noisy.h5 --seed "$seed" --split test \
     --model "$name.pt" --out "$name.h5" "$@"; }
 srds() { # condition: diffusion model, its SRDS mean, a student of it
     make "$1.pt" diffusion --data noisy.h5 --cond bsn.h5 --seed "$seed" --steps $diffusion_steps --condition "$1" \
