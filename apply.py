@@ -69,53 +69,64 @@ def plan(sources, out, key=None, acquisition=None, std=False):
     return jobs, problems
 
 
-WINDOW, PIXELS = 768, 64_000_000  # of large images a window is trained on; of many, as many as make so many pixels
+PIXELS, WINDOW = 64_000_000, 768  # trained on, at most; where there are more, a window of so many pixels of a slice
 
 
 def collect(jobs, path, problems, least, everything=False):
     """A dataset of what is trained on, everything in the train split, under numbers instead of names.
 
     Volumes with a side of less than `least` pixels are only taken if there are no others. What training needs does not
-    grow with the folder: the jobs are taken in random order until there are PIXELS, no volume gives more than a
-    quarter of them, and of large slices a window is taken; `everything` takes all.
+    grow with the folder: the jobs are taken in random order until there are PIXELS, and of a volume that has more than
+    its share only a part (see `part`); `everything` takes all.
     """
     small, order = [], np.random.default_rng(0).permutation(len(jobs))
+    share = np.inf if everything else PIXELS // min(max(len(jobs), 4), 100)
 
     def volumes():
         taken = large = 0
         for k in range(len(jobs)) if everything else order:
-            if taken >= PIXELS and not everything:
-                break
             try:
                 _, found = read(jobs[k], problems)
             except (ValueError, OSError) as error:
                 problems.append(str(error))
                 continue
             for j, volume in enumerate(found):
+                if taken >= PIXELS and not everything:
+                    return
                 low, high = finite_range(volume.slices)
-                slices = volume.slices if everything else part(volume.slices, runtime.step_rng(0, k, j))
+                slices = part(volume.slices, share, runtime.step_rng(0, k, j))
                 if slices.dtype.kind == "f":  # what is not finite gets the lowest number
                     slices = np.nan_to_num(slices, nan=low, posinf=high, neginf=low)
                 if slices.min() < slices.max() and min(slices.shape[1:]) >= 16:
                     volume = volume._replace(name=f"{k:05d}-{j}", source="", slices=slices, ends=(low, high))
                     if min(slices.shape[1:]) >= least:
+                        taken = slices.size + taken * large  # small ones do not count any more
                         large = True
-                        taken += slices.size
                         yield volume
                     elif not large:
+                        taken += slices.size
                         small.append(volume)
         yield from [] if large else small
 
     imports.write_dataset(path, volumes(), [1.0, 0, 0], {})
 
 
-def part(slices, rng):
-    """Of (S,H,W), a window of at most WINDOW pixels a side, and evenly spaced slices, PIXELS / 4 in all at most."""
-    h, w = slices.shape[1:]
-    top, left = (8 * int(rng.integers(max(n - WINDOW, 0) // 8 + 1)) for n in (h, w))  # keeps JPEG's grid in its place
-    slices = slices[:, top : top + WINDOW, left : left + WINDOW]
-    most = max(1, PIXELS // 4 // int(np.prod(slices.shape[1:])))
-    return slices[np.unique(np.linspace(0, len(slices) - 1, min(most, len(slices))).round().astype(int))]
+def part(slices, share, rng):
+    """(S,H,W) if that is at most `share` pixels, else evenly spaced slices, and if one is too many, a window of one.
+
+    The window has sides of WINDOW pixels, or more if the share allows; of some, the one that varies most.
+    """
+    count, (h, w) = len(slices), slices.shape[1:]
+    if slices.size <= share:
+        return slices
+    side = max(WINDOW, int(share**0.5)) if share < h * w else max(h, w)
+    most = max(1, int(share) // (min(side, h) * min(side, w)))
+    slices = slices[np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))]
+    corners = [
+        [8 * int(rng.integers(max(n - side, 0) // 8 + 1)) for n in (h, w)] for _ in range(8)
+    ]  # JPEG's grid stays
+    windows = [slices[:, top : top + side, left : left + side] for top, left in corners]
+    return max(windows, key=lambda window: np.nan_to_num(np.nanstd(window.astype(np.float32))))
 
 
 def read(job, problems):

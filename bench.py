@@ -67,7 +67,7 @@ def blind_loss(network, y, x):
 
 
 def noise_loss(network, y, x, abar=diffusion.alpha_bar()):  # noqa: B008
-    t = torch.randint(len(abar), (len(y),))
+    t = torch.randint(len(abar), (len(y),), device=y.device)
     x0 = (y - x) / LEVEL
     return diffusion.diffusion_loss(network, x0, diffusion.scaled(x), abar, t, torch.randn_like(y), "v")
 
@@ -198,7 +198,7 @@ def sampler(size, form, steps, where, side=256):
         samples = []
         for x in (eps, -eps):
             for t in scheduler.timesteps:
-                x = scheduler.step(model(x, c, t.expand(1)), t, x).prev_sample
+                x = scheduler.step(model(x, c, t.expand(1).to(where)), t, x).prev_sample
             samples.append(x)
         return (samples[0] + samples[1]) / 2
 
@@ -244,14 +244,14 @@ def resident(where):
     return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1e3 if status.exists() else None
 
 
-def memory(what, *arguments):
+def memory(where, what, *arguments):
     """Megabytes that what(*arguments, where) needs above the start, in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(need, (what, *arguments))
+        return pool.apply(need, (str(where), what, *arguments))
 
 
-def need(what, *arguments):
-    where = runtime.device()
+def need(where, what, *arguments):
+    where = runtime.device(where)
     torch.rand(64, 64, device=where) @ torch.rand(64, 64, device=where)
     before = resident(where)
     what(*arguments, where)
@@ -295,7 +295,7 @@ def section_train(args, rates, where):
             actions = {form: trainer(size, name, form, stacks, batch, crop, where)[1] for form in case.forms}
             for row in compared(actions, rates, args, where, size=size, network=name, crops=f"{batch}x{crop}x{crop}"):
                 row["images_per_s"] = round(1000 * batch / row["ms"], 1)
-                yield dict(row, memory_mb=memory(train_steps, size, name, row["form"], batch, crop))
+                yield dict(row, memory_mb=memory(where, train_steps, size, name, row["form"], batch, crop))
 
 
 def section_losses(args, rates, where):
@@ -325,7 +325,7 @@ def section_infer(args, rates, where):
         for (name, case), side in itertools.product(networks(size).items(), (256, 512)):
             actions = {form: inference(size, name, form, side, where) for form in case.forms}
             for row in compared(actions, rates, args, where, size=size, network=name, slice=f"{side}x{side}"):
-                yield dict(row, memory_mb=memory(infer_once, size, name, row["form"], side))
+                yield dict(row, memory_mb=memory(where, infer_once, size, name, row["form"], side))
 
 
 def section_sample(args, rates, where):
@@ -361,7 +361,7 @@ def section_student(args, rates, where):
         print("bench: the section student needs --data and --student", flush=True)
         return
     noisy, clean = (data.read_volumes(args.data, key, "test") for key in ("noisy", "clean"))
-    first, denoise = next(iter(noisy.values()))[0], distill.student(args.student)
+    first, denoise = next(iter(noisy.values()))[0], distill.student(args.student, str(where))
     sigma = data.rms_difference(noisy, clean)
     ways = {
         "student": lambda y: denoise(torch.from_numpy(y)[None, None])[0, 0].numpy(),
@@ -378,20 +378,20 @@ def section_student(args, rates, where):
         pairs = [(clean[name][s], f(np.asarray(noisy[name][s]))) for name in noisy for s in range(len(noisy[name]))]
         psnr = np.mean([peak_signal_noise_ratio(x, out, data_range=1.0) for x, out in pairs])
         ssim = np.mean([structural_similarity(x, out, data_range=1.0) for x, out in pairs])
-        mb = memory(denoise_once, args.student, large) if way == "student" else None
+        mb = memory(where, denoise_once, args.student, large) if way == "student" else None
         row = dict(method=way, ms_512=round(1000 * times[way], 1), memory_mb=mb)
         yield dict(row, psnr=round(float(psnr), 2), ssim=round(float(ssim), 4), slices=len(pairs))
 
 
 def denoise_once(path, y, where):
-    distill.student(path)(torch.from_numpy(y)[None, None])
+    distill.student(path, str(where))(torch.from_numpy(y)[None, None])
 
 
 def section_scaling(args, rates, where):
     """The student on more slices, and on larger ones: seconds and memory of a process of its own."""
     for slices, side in ((10, 256), (100, 256), (1000, 256), (10, 128), (10, 512), (10, 1024), (10, 2048)):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            seconds, mb = pool.apply(predict_many, (slices, side))
+            seconds, mb = pool.apply(predict_many, (slices, side, str(where)))
         per_pixel = round(1e9 * seconds / slices / side**2, 1)
         yield dict(
             slices=slices,
@@ -402,9 +402,9 @@ def section_scaling(args, rates, where):
         )
 
 
-def predict_many(slices, side):
+def predict_many(slices, side, where):
     """(seconds, megabytes above the start) of `distill.py --predict` on a dataset of that size, from file to file."""
-    where, rng = runtime.device(), np.random.default_rng(0)
+    where, rng = runtime.device(where), np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         path, model = (str(Path(folder) / name) for name in ("noisy.h5", "student.pt"))
         with data.write_volumes(path, "dataset", "bench") as add:
@@ -415,9 +415,10 @@ def predict_many(slices, side):
         arguments = {name: preset[name] for name in ("arch", "width", "enc_blocks", "middle_blocks", "dec_blocks")}
         weights = distill.network(**arguments).state_dict()
         torch.save(dict(stage="distill", model_args=arguments, ema=weights, extra=dict(crop=preset["crop"])), model)
-        distill.student(model)(torch.rand(1, 1, 64, 64))
+        distill.student(model, str(where))(torch.rand(1, 1, 64, 64))
         before = resident(where)
         flags = ["--data", path, "--predict", "--model", model, "--out", str(Path(folder) / "out.h5")]
+        flags += ["--device", str(where)]
         seconds = seconds_of(lambda: distill.main(flags), where)
         return seconds, before and round(resident(where) - before)
 
@@ -451,7 +452,11 @@ def main(argv=None):
     p.add_argument("--data", help="dataset (.h5) with clean images, for the section student")
     p.add_argument("--student", help="student (.pt) trained on it")
     p.add_argument("--device", default="auto", help="as of the training scripts (default auto)")
-    p.add_argument("--out", default="bench.json", help="the rows as JSON (default bench.json)")
+    p.add_argument(
+        "--out",
+        default="bench.json",
+        help="the rows as JSON; other sections that it holds are kept (default bench.json)",
+    )
     args = p.parse_args(argv)
     runtime.check_outputs([args.data, args.student], [args.out])
     args.presets = ("fast", "paper") if args.preset == "both" else (args.preset,)
@@ -465,7 +470,8 @@ def main(argv=None):
         matrix_product_gflop_per_s=rates,
     )
     print(json.dumps(machine), flush=True)
-    results = dict(machine=machine)
+    results = json.loads(Path(args.out).read_text()) if Path(args.out).exists() else {}
+    results["machine"] = machine
     for name in args.sections or [name for name in sections if name != "losses"]:
         rows = list(sections[name](args, rates, where))
         if rows:

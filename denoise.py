@@ -23,8 +23,9 @@ Recipes:
 which the noise is measured again. The demo adds Gaussian noise of 6/255 to the MNI152 brain once, runs both recipes on
 noisy slices of the train split alone, and evaluates on slices of the test split, which no stage has seen.
 
-Started again, it goes on where it was interrupted. What cannot be read or written is named in a line and left out; the
-rest goes on, and the exit code is 1.
+Of image files, up to 64 million pixels are trained on, chosen at random, and all of them with --std; every file is
+denoised. Started again, it goes on where it was interrupted. What cannot be read or written is named in a line and left
+out; the rest goes on, and the exit code is 1.
 """
 
 import json
@@ -169,7 +170,7 @@ def train(recipe):
 def report(recipe):
     """Prints what can be told of the denoised images without clean ones."""
     folder, known = recipe.folder, ["--noise", recipe.path(recipe.model_of_noise)]
-    print(f"\nDenoised: {folder / 'denoised.h5'}; the student: {folder / 'student.pt'}\n")
+    print(f"\nThe student: {folder / 'student.pt'}; the dataset, denoised: {folder / 'denoised.h5'}\n")
     try:
         evaluate.main(["--no-reference", *recipe.data, "--pred", recipe.path("denoised.h5"), "--split", "all", *known])
     except ValueError as error:
@@ -188,7 +189,8 @@ def denoise_files(args):
     if not model:
         model, dataset = work / "student.pt", str(work / "dataset.h5")
         recipe, least = Recipe(args, work, dataset, [job.mark for job in jobs]), bsn.PRESETS["fast"]["crop"]
-        recipe.stage(lambda argv: apply.collect(jobs, dataset, problems, least, args.std), "dataset.h5")
+        everything = ["--std"] if args.std else []
+        recipe.stage(lambda argv: apply.collect(jobs, dataset, problems, least, args.std), "dataset.h5", *everything)
         name = train(recipe)
         student = distill.student(model, args.device, args.precision, args.memory)
         if args.std and name == "recorrupted":

@@ -23,7 +23,7 @@ Symbols: y the noisy image (the paper's x'), target the SRDS mean (Eq. 4). Netwo
                      whole image; when an image is larger than the training crop it pools over a window of 1.5 crops
                      around each pixel instead (TLC, Chu et al. 2022), so that the statistics stay those of training
     --arch resunet   dense 3x3 convolutions at half resolution, nothing else: what processors are best at. After equal
-                     seconds of training it is the better one, and denoises 4 times as fast (`--preset fast`)
+                     seconds of training it is the better one, and denoises in less than half the time (`--preset fast`)
 """
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -138,7 +138,7 @@ def settle(args, presets, stage):
     if args.crop < 16:
         raise ValueError(f"--crop {args.crop} is too small: 16 pixels is the least")
     if args.resume and not checkpoint:
-        print(f"{stage}: no {args.model} to resume; starting afresh", flush=True)
+        say(f"{stage}: no {args.model} to resume; starting afresh")
     return checkpoint
 
 

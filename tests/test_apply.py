@@ -22,11 +22,12 @@ import noise
 import runtime
 
 
-@pytest.fixture(scope="module")
-def student(made, tmp_path_factory):
+@pytest.fixture(scope="module", params=["resunet"])
+def student(made, tmp_path_factory, request):
     """A student whose change to an image can be seen."""
     path = tmp_path_factory.mktemp("student") / "student.pt"
     flags = ["--data", made / "knee.h5", "--target", made / "srds_out.h5", *TINY["distill"], "--steps", 30]
+    flags += ["--arch", request.param]
     ok("distill", *flags, "--model", path, "--out", path.with_suffix(".h5"), cwd=made)
     return path
 
@@ -164,10 +165,10 @@ def test_full_disk(scans, student, monkeypatch):
 def test_a_large_folder_is_trained_on_in_part(tmp_path, monkeypatch):
     """Of each file a window, of all so many pixels; normalised as the whole volume is. With --std, everything."""
     monkeypatch.setattr(apply, "WINDOW", 40)
-    monkeypatch.setattr(apply, "PIXELS", 20_000)
+    monkeypatch.setattr(apply, "PIXELS", 12_000)
     (tmp_path / "scans").mkdir()
-    for k in range(6):
-        y = np.random.default_rng(k).integers(100, 900, (3 + 9 * (k == 0), 64, 50)).astype(np.uint16)
+    for k in range(30):
+        y = np.random.default_rng(k).integers(100, 900, (3, 64, 50)).astype(np.uint16)
         y[:, :1, 0], y[:, -1:, -1] = 0, 1000  # the ends lie in corners that a window may miss
         np.save(tmp_path / "scans" / f"{k}.npy", y)
     jobs, problems = apply.plan([tmp_path / "scans"], tmp_path / "out")
@@ -175,12 +176,22 @@ def test_a_large_folder_is_trained_on_in_part(tmp_path, monkeypatch):
     apply.collect(jobs, tmp_path / "all.h5", problems, 16, everything=True)
     part, attrs = data.read_volumes(tmp_path / "part.h5"), data.read_attrs(tmp_path / "part.h5")[1]
     whole = data.read_volumes(tmp_path / "all.h5")
-    assert not problems and len(whole) == 6 and whole["00000-0"].shape == (12, 64, 50)
-    assert 20_000 <= sum(v.size for v in part.values()) <= 25_000
+    assert not problems and len(whole) == 30 and whole["00000-0"].shape == (3, 64, 50)
+    assert 12_000 <= sum(v.size for v in part.values()) < 12_000 + 40 * 40
     for name, volume in part.items():
-        assert volume.shape == (3, 40, 40) and attrs[name]["scale"] == 1000 and attrs[name]["offset"] == 0
+        assert volume.shape == (1, 40, 40) and attrs[name]["scale"] == 1000 and attrs[name]["offset"] == 0
         stack = np.lib.stride_tricks.sliding_window_view(whole[name], (40, 40), (1, 2))
         assert any(np.array_equal(volume[0], stack[s, i, j]) for s, i, j in np.ndindex(stack.shape[:3]))
+
+
+def test_one_large_image_is_trained_on_where_it_varies(monkeypatch):
+    """What fits its share is taken whole; of a larger one, the window of some that varies most."""
+    monkeypatch.setattr(apply, "WINDOW", 32)
+    image = np.zeros((1, 200, 300), np.uint16)
+    image[:, 100:, 200:] = np.random.default_rng(0).integers(0, 9, (1, 100, 100))
+    assert apply.part(image, image.size, runtime.step_rng(0)) is image
+    got = apply.part(image, 6400, runtime.step_rng(0))
+    assert got.shape == (1, 80, 80) and got.std() > 0
 
 
 @pytest.mark.parametrize("size", [(300, 130), (97, 400), (64, 64)])
@@ -192,6 +203,7 @@ def test_tiles_of_a_local_function_are_exact(size):
     assert not data.tiled(blur, y, 96, 4).allclose(blur(y), atol=1e-4) or max(size) <= 96
 
 
+@pytest.mark.parametrize("student", ["nafnet", "resunet"], indirect=True)
 def test_tiles_of_the_student_leave_no_seam(student):
     """A trained network whole and in tiles: at most 1e-3 of the range apart, sizes that nothing divides."""
     model, state = runtime.restore(distill.network, student, "distill", "cpu")
@@ -202,6 +214,7 @@ def test_tiles_of_the_student_leave_no_seam(student):
         assert (data.tiled(model, y, 384, 160) - model(y)).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("student", ["nafnet", "resunet"], indirect=True)
 def test_onnx(student, tmp_path):
     """Equal to PyTorch within 1e-4 at sizes above and below the pooling window, odd, batched."""
     ok("distill", "--export", tmp_path / "student.onnx", "--model", student, cwd=tmp_path)

@@ -34,7 +34,7 @@ def test_demo_and_its_resume(tmp_path):
     (tmp_path / "demo/srds_out.h5").unlink()
     shutil.copy(tmp_path / "demo/results.json", tmp_path / "before.json")
     third = ok("denoise", "--demo", "--effort", "0.01", cwd=tmp_path).stdout
-    assert "diffusion: " not in third and third.count("distill: 15 steps") == 2  # the paper's student, and the bound
+    assert "diffusion: " not in third and third.count("distill: 50 steps") == 2  # the paper's student, and the bound
     assert json.loads((tmp_path / "demo/results.json").read_text()) == json.loads(
         (tmp_path / "before.json").read_text()
     )

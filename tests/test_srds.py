@@ -9,7 +9,7 @@ from conftest import ok
 
 from bsn import PUCA
 from diffusion import alpha_bar
-from distill import NAFNet
+from distill import NAFNet, ResUNet
 from srds import ddim, srds, timesteps
 
 
@@ -117,7 +117,7 @@ def test_result_does_not_depend_on_the_batch(made):
         np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("network", [PUCA, NAFNet])
+@pytest.mark.parametrize("network", [PUCA, NAFNet, ResUNet])
 def test_networks_do_not_depend_on_the_batch(network):
     torch.manual_seed(0)
     net, y = network(width=8, enc_blocks=(1,), middle_blocks=1, dec_blocks=(1,)).eval(), torch.rand(3, 1, 40, 33)
