@@ -68,8 +68,8 @@ def blind_loss(network, y, x):
 
 def noise_loss(network, y, x, abar=diffusion.alpha_bar()):  # noqa: B008
     t = torch.randint(len(abar), (len(y),), device=y.device)
-    x0 = (y - x) / LEVEL
-    return diffusion.diffusion_loss(network, x0, diffusion.scaled(x), abar, t, torch.randn_like(y), "v")
+    x0, c = diffusion.scaled(y), diffusion.scaled(x)
+    return diffusion.diffusion_loss(network, x0, c, abar, t, torch.randn_like(y), "v")
 
 
 def student_loss(network, y, x):
