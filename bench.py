@@ -140,12 +140,13 @@ def crops_of(stacks, batch, size, form, seed=0):
     return iter(torch.utils.data.DataLoader(plain.CropDataset(stacks, size, 10**9), batch))
 
 
-def trainer(size, name, form, stacks, batch, crop, where, seed=0):
-    """(network, one training step as the scripts take it: a callable without arguments that returns the loss)."""
+def trainer(size, name, form, stacks, batch, crop, where, seed=0, steps=10**9):
+    """(network, one of `steps` training steps as the scripts take it: a callable that returns the loss)."""
     *_, loss, preset = networks(size)[name]
     network, crops = network_of(size, name, form, where, seed), crops_of(stacks, batch, crop, form, seed)
     betas, fused = (0.9, preset.get("beta2", 0.999)), form == OURS
     optimizer = torch.optim.AdamW(network.parameters(), lr=preset["lr"], betas=betas, fused=fused)
+    scheduler = runtime.warmup_cosine(optimizer, steps)
     ema = AveragedModel(network, multi_avg_fn=runtime.ema_update(preset["ema"]))
 
     def step():
@@ -156,6 +157,7 @@ def trainer(size, name, form, stacks, batch, crop, where, seed=0):
         value.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), preset.get("clip", 1.0))
         optimizer.step()
+        scheduler.step()
         ema.update_parameters(network)
         return value.detach()
 
@@ -306,7 +308,9 @@ def section_losses(args, rates, where):
         for form in case.forms:
             found = []
             for seed in (0, 1):
-                network, step = trainer("fast", name, form, stacks, preset["batch"], preset["crop"], where, seed)
+                network, step = trainer(
+                    "fast", name, form, stacks, preset["batch"], preset["crop"], where, seed, args.steps
+                )
                 for _ in range(args.steps):
                     step()
                 torch.manual_seed(0)
