@@ -312,6 +312,8 @@ def train(args, checkpoint=None):
             sampling_steps=args.sampling_steps,
             augment=0.0,
         )
+        if form["std"] == 0:
+            raise ValueError(f"{args.cond} holds the noisy images of {args.data} themselves: there is nothing to learn")
         if args.condition == "augmented":
             model_of_noise = noise.given(args.noise, args.data, args.cond)
             variances = [noise.variance(model_of_noise, c[s]).mean() for c in c_all.values() for s in range(c.shape[0])]

@@ -35,7 +35,7 @@ def make(path, gib, key="noisy"):
         noisy = group.create_dataset(key, (slices, SIDE, SIDE), np.float32, chunks=(1, 128, 128))
         for k, s in enumerate(np.linspace(0, slices - 1, 64).astype(int)):
             tile = np.pad(brain[k % len(brain)], [(0, 512 - n) for n in brain.shape[1:]])
-            noisy[s] = noise.add(np.tile(tile, (2, 2)), "gaussian", 6 / 255, 0, rng)
+            noisy[s] = noise.add(np.tile(tile, (2, 2)), "gaussian", 6 / 255 if key == "noisy" else 1e-3, 0, rng)
         test = file.create_group("volumes/test")
         test.attrs.update(split="test", scale=1.0, offset=0.0, source="brain", fingerprint="brain")
         test.create_dataset(key, data=noisy[:1, :256, :256])

@@ -155,3 +155,15 @@ def test_hidden_and_augmented_commands(tmp_path):
     ok("bsn", "--data", "knee.h5", "--out", "plain.h5", *TINY["bsn"], cwd=tmp_path)
     done = run("diffusion", *flags, "--cond", "plain.h5", "--condition", "hidden", cwd=tmp_path)
     assert done.returncode == 2 and "no 'hidden'" in done.stderr
+
+
+def test_a_condition_that_is_the_noisy_image_is_refused(made, tmp_path):
+    """Nothing is left to diffuse: one line, before any training."""
+    with data.write_volumes(tmp_path / "same.h5", "prediction", "test", like=made / "knee.h5") as add:
+        for name, y in data.read_volumes(made / "knee.h5").items():
+            add(name, y.shape, ["pred"])[0][:] = y
+    flags = ["--data", made / "knee.h5", "--cond", "same.h5", *TINY["diffusion"]]
+    done = run("diffusion", *flags, cwd=tmp_path)
+    assert (
+        done.returncode == 2 and "holds the noisy images of" in done.stderr and not (tmp_path / "diffusion.pt").exists()
+    )
