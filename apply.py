@@ -122,9 +122,8 @@ def part(slices, share, rng):
     side = max(WINDOW, int(share**0.5)) if share < h * w else max(h, w)
     most = max(1, int(share) // (min(side, h) * min(side, w)))
     slices = slices[np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))]
-    corners = [
-        [8 * int(rng.integers(max(n - side, 0) // 8 + 1)) for n in (h, w)] for _ in range(8)
-    ]  # JPEG's grid stays
+    # at multiples of 8, JPEG's grid stays in its place
+    corners = [[8 * int(rng.integers(max(n - side, 0) // 8 + 1)) for n in (h, w)] for _ in range(8)]
     windows = [slices[:, top : top + side, left : left + side] for top, left in corners]
     return max(windows, key=lambda window: np.nan_to_num(np.nanstd(window.astype(np.float32))))
 
