@@ -44,10 +44,12 @@ import torch
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
+import baselines
 import bsn
 import data
 import diffusion
 import distill
+import evaluate
 import formats
 import noise
 import plain
@@ -358,8 +360,7 @@ def section_crops(args, rates, where):
 
 
 def section_student(args, rates, where):
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-    from skimage.restoration import denoise_nl_means, denoise_tv_chambolle, denoise_wavelet
+    from skimage.restoration import denoise_tv_chambolle, denoise_wavelet
 
     if not (args.data and args.student):
         print("bench: the section student needs --data and --student", flush=True)
@@ -369,9 +370,7 @@ def section_student(args, rates, where):
     sigma = data.rms_difference(noisy, clean)
     ways = {
         "student": lambda y: denoise(torch.from_numpy(y)[None, None])[0, 0].numpy(),
-        "non-local means, fast": lambda y: denoise_nl_means(
-            y, patch_size=5, patch_distance=6, h=0.8 * sigma, sigma=sigma, fast_mode=True
-        ),
+        "non-local means, fast": lambda y: baselines.non_local_means(y, sigma),
         "total variation": lambda y: denoise_tv_chambolle(y, weight=sigma),
         "wavelet": lambda y: denoise_wavelet(y, sigma=sigma, method="BayesShrink", mode="soft", rescale_sigma=True),
     }
@@ -379,12 +378,12 @@ def section_student(args, rates, where):
     large = np.ascontiguousarray(large, np.float32)
     times = alternate({way: lambda f=f: f(large) for way, f in ways.items()}, args.repeats, where)
     for way, f in ways.items():
-        pairs = [(clean[name][s], f(np.asarray(noisy[name][s]))) for name in noisy for s in range(len(noisy[name]))]
-        psnr = np.mean([peak_signal_noise_ratio(x, out, data_range=1.0) for x, out in pairs])
-        ssim = np.mean([structural_similarity(x, out, data_range=1.0) for x, out in pairs])
+        slices = [(name, s) for name, volume in noisy.items() for s in range(volume.shape[0])]
+        scores = [evaluate.psnr_ssim(f(np.asarray(noisy[name][s])), clean[name][s]) for name, s in slices]
+        psnr, ssim = np.mean(scores, 0)
         mb = memory(where, denoise_once, args.student, large) if way == "student" else None
         row = dict(method=way, ms_512=round(1000 * times[way], 1), memory_mb=mb)
-        yield dict(row, psnr=round(float(psnr), 2), ssim=round(float(ssim), 4), slices=len(pairs))
+        yield dict(row, psnr=round(float(psnr), 2), ssim=round(float(ssim), 4), slices=len(slices))
 
 
 def denoise_once(path, y, where):
