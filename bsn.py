@@ -18,6 +18,9 @@ Symbols: y the noisy image (the paper's x'), x_c the prediction. Departures from
 dilation by d is written as an ordinary convolution on the d*d subsampled images (the same arithmetic, and faster),
 and channel attention pools each of those images by itself, because pooling over the whole image lets a pixel see
 itself. `--preset paper` has the original's widths and depths.
+
+`--arch lgbpn` takes the network of LG-BPN (Wang et al. 2023) instead: a branch of dilated convolutions for detail and
+one of channel attention for what lies farther away, made exactly blind in the same way.
 """
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -29,20 +32,38 @@ import torch.nn.functional as F
 from einops import rearrange
 
 
+def deal(x, stride):
+    """(B,C,H,W) to an image of each residue class of (row, column) modulo stride, (stride^2 B,C,H/stride,W/stride)."""
+    return rearrange(x, "b c (h p) (w q) -> (p q b) c h w", p=stride, q=stride)
+
+
+def collect(x, stride):
+    """The inverse of `deal`."""
+    return rearrange(x, "(p q b) c h w -> b c (h p) (w q)", p=stride, q=stride)
+
+
 class BlindSpotConv(nn.Conv2d):
     """Convolution that cannot see the centre: the weights within |dy| + |dx| <= radius count as zero.
 
-    The kernel is the smallest that sees past the hole: 3 for radius 0 (one pixel), 2 * radius + 1 above that
-    (LG-BPN's diamond). No padding: (B,C,H,W) to (B,width,H-k+1,W-k+1).
+    reach: of the kernel, pixels; by default the smallest that sees past the hole: 1 for radius 0 (one pixel), radius
+    above that (LG-BPN's diamond). every: only each second (third, ...) pixel of it has a weight.
+    No padding: (B,C,H,W) to (B,width,H-2*reach,W-2*reach).
     """
 
-    def __init__(self, channels, width, radius):
-        super().__init__(channels, width, kernel_size=2 * max(1, radius) + 1)
-        reach = torch.arange(-max(1, radius), max(1, radius) + 1)
-        self.register_buffer("mask", (reach[:, None].abs() + reach[None].abs() > radius).float(), persistent=False)
+    def __init__(self, channels, width, radius, reach=None, every=1):
+        reach = reach or max(1, radius)
+        offset = torch.arange(-reach, reach + 1, every).abs()
+        super().__init__(channels, width, kernel_size=len(offset))
+        self.register_buffer("mask", (offset[:, None] + offset[None] > radius).float(), persistent=False)
+        self.reach, self.every = reach, every
 
     def forward(self, x):
-        return F.conv2d(x, self.weight * self.mask, self.bias)
+        weight = self.weight * self.mask
+        if self.every == 1:
+            return F.conv2d(x, weight, self.bias)
+        h, w = x.shape[-2:]
+        x = deal(F.pad(x, (0, -w % self.every, 0, -h % self.every)), self.every)
+        return collect(F.conv2d(x, weight, self.bias), self.every)[..., : h - 2 * self.reach, : w - 2 * self.reach]
 
 
 class DABlock(nn.Module):
@@ -147,7 +168,7 @@ class PUCA(nn.Module):
         # Reflection keeps the class of a pixel modulo 2 (the mirror image of -k is k), not modulo 4 or 8.
         x = F.pad(y, pad, mode="reflect") if self.stride == 2 else F.pad(y, pad)
         x = self.blind(F.pad(x, 4 * (self.reach,)))
-        x = seen = rearrange(x, "b c (h p) (w q) -> (p q b) c h w", p=self.stride, q=self.stride)
+        x = seen = deal(x, self.stride)
         skips = []
         for encoder, down in zip(self.encoders, self.downs):
             skips.append(encoder(x))
@@ -156,8 +177,100 @@ class PUCA(nn.Module):
         for up, decoder in zip(self.ups, self.decoders):
             x = decoder(F.pixel_shuffle(up(x), 2) + skips.pop())
         x = self.tail(torch.cat([x, seen], 1) if self.dense else x)
-        x = rearrange(x, "(p q b) c h w -> b c (h p) (w q)", p=self.stride, q=self.stride)
-        return x[..., before : before + h, before : before + w]
+        return collect(x, self.stride)[..., before : before + h, before : before + w]
+
+
+class ChannelAttentionBlock(nn.Module):
+    """Restormer's block: attention between channels, then a gated feed-forward, both with depthwise 3x3 convolutions.
+
+    (B,C,H,W) to (B,C,H,W). Zamir et al. 2022; LG-BPN's dilated transformer block once the dilation is dealt out.
+    """
+
+    def __init__(self, width, heads=2):
+        super().__init__()
+        hidden = int(2.66 * width)
+        self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.qkv, self.project = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+        self.qkv_spatial = nn.Conv2d(3 * width, 3 * width, 3, padding=1, groups=3 * width)
+        self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
+        self.ffn_in, self.ffn_out = nn.Conv2d(width, 2 * hidden, 1), nn.Conv2d(hidden, width, 1)
+        self.ffn_spatial = nn.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden)
+        self.heads = heads
+
+    def forward(self, x):
+        h = x.shape[-2]
+        qkv = self.qkv_spatial(self.qkv(self.norm1(x.movedim(1, -1)).movedim(-1, 1)))
+        q, k, v = rearrange(qkv, "b (three n c) h w -> three b n c (h w)", three=3, n=self.heads)
+        similar = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT
+        mixed = (self.temperature * similar).softmax(-1) @ v
+        x = x + self.project(rearrange(mixed, "b n c (h w) -> b (n c) h w", h=h))
+        u, v = self.ffn_spatial(self.ffn_in(self.norm2(x.movedim(1, -1)).movedim(-1, 1))).chunk(2, dim=1)
+        return x + self.ffn_out(F.gelu(u) * v)
+
+
+class DilatedBlock(nn.Module):
+    """LG-BPN's residual block of the local branch, the dilation already dealt out. (B,C,H,W) to (B,C,H,W)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.spatial, self.mix = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        return x + self.mix(F.relu(self.spatial(x)))
+
+
+class LGBPN(nn.Module):
+    """Blind-spot network of a local and a global branch (Wang et al. 2023), the hole a diamond as in PUCA above.
+
+    Local: a dense masked convolution, then dilated blocks. Global: a masked convolution of 21x21 pixels, each second
+    one, then channel attention. Each branch works within residue classes that lie so far apart that no member's kernel
+    reaches into another's hole: 2 * radius pixels (2 for radius 0), and 15 for the wide kernel, as published. The
+    attention, too, looks at one class alone: over the whole image, as published, it would leak a little.
+
+    Args: channels, blind_spot, deviation: as in PUCA. width: features. blocks: of the local and the global branch.
+    Maps (B,C,H,W) to (B,C,H,W) or (B,2C,H,W), any H and W >= 16.
+    """
+
+    WIDE = 10  # reach of the global branch's kernel, pixels
+
+    def __init__(self, channels=1, width=128, blind_spot=9, blocks=(9, 6), deviation=False):
+        super().__init__()
+        if blind_spot not in (1, 5, 9):
+            raise ValueError(f"blind_spot is 1, 5 or 9, not {blind_spot}")
+        if width % 2:
+            raise ValueError(f"width {width} is odd: attention has two heads")
+        radius = (blind_spot - 1) // 2
+        self.reach, self.stride, self.far = max(1, radius), 2 * max(1, radius), self.WIDE + 5
+        conv1 = lambda c_in, c_out: nn.Conv2d(c_in, c_out, 1)  # noqa: E731
+        self.head = nn.Sequential(conv1(channels, 24), nn.ReLU())
+        self.near_blind = BlindSpotConv(24, width, radius)
+        self.near = nn.Sequential(
+            *(nn.ReLU(), conv1(width, width), nn.ReLU(), conv1(width, width), nn.ReLU()),
+            *(DilatedBlock(width) for _ in range(blocks[0])),
+            *(conv1(width, width), nn.ReLU()),
+        )
+        self.wide_blind = BlindSpotConv(24, width, radius, self.WIDE, every=2)
+        self.wide = nn.Sequential(
+            *(nn.ReLU(), conv1(width, width)),
+            *(ChannelAttentionBlock(width) for _ in range(blocks[1])),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+        self.tail = nn.Sequential(
+            *(conv1(2 * width, width), nn.ReLU(), conv1(width, width // 2), nn.ReLU()),
+            *(conv1(width // 2, width // 2), nn.ReLU(), conv1(width // 2, channels * (1 + deviation))),
+        )
+
+    def forward(self, y):
+        h, w = y.shape[-2:]
+        branches = []
+        for blind, body, reach, stride in (
+            (self.near_blind, self.near, self.reach, self.stride),
+            (self.wide_blind, self.wide, self.WIDE, self.far),
+        ):
+            x = F.pad(y, (0, -w % stride, 0, -h % stride))  # zeros: a mirror image could show a pixel to itself
+            x = blind(self.head(F.pad(x, 4 * (reach,))))
+            branches.append(collect(body(deal(x, stride)), stride)[..., :h, :w])
+        return self.tail(torch.cat(branches, 1))
 
 
 def blind_spot_loss(prediction, y, kind="l2"):
@@ -205,6 +318,7 @@ import runtime
 
 PRESETS = {
     "fast": dict(
+        arch="puca",
         blind_spot=1,
         width=32,
         enc_blocks=[2],
@@ -220,6 +334,7 @@ PRESETS = {
     ),
     # Widths, depths, loss and learning rate of the published PUCA; about its number of images seen.
     "paper": dict(
+        arch="puca",
         blind_spot=1,
         width=128,
         enc_blocks=[3, 4],
@@ -234,6 +349,36 @@ PRESETS = {
         ema=0.999,
     ),
 }
+LGBPN_PRESETS = {
+    "fast": {
+        **{k: v for k, v in PRESETS["fast"].items() if k in ("loss", "beta2", "batch", "lr", "ema")},
+        **dict(arch="lgbpn", blind_spot=1, width=32, blocks=[3, 2], steps=1000, crop=90),
+    },
+    # As published for SIDD: 20 epochs of its patches.
+    "paper": dict(
+        arch="lgbpn",
+        blind_spot=9,
+        width=128,
+        blocks=[9, 6],
+        loss="l1",
+        beta2=0.999,
+        steps=60_000,
+        batch=8,
+        crop=120,
+        lr=1e-4,
+        ema=0.999,
+    ),
+}
+NETWORKS = {"puca": PUCA, "lgbpn": LGBPN}
+SHAPE = {
+    "puca": ("width", "blind_spot", "enc_blocks", "middle_blocks", "dense"),
+    "lgbpn": ("width", "blind_spot", "blocks"),
+}
+
+
+def network(arch="puca", **arguments):
+    """The network that a checkpoint's `model_args` describe."""
+    return NETWORKS[arch](**arguments)
 
 
 def train(args, checkpoint=None):
@@ -244,20 +389,13 @@ def train(args, checkpoint=None):
     if checkpoint and (args.loss == "nll") != checkpoint["model_args"].get("deviation", False):
         raise ValueError(f"{args.model} was trained with another --loss than {args.loss}: it cannot resume")
     torch.manual_seed(args.seed)
-    model_args = (
-        checkpoint["model_args"]
-        if checkpoint
-        else dict(
-            width=args.width,
-            blind_spot=args.blind_spot,
-            enc_blocks=args.enc_blocks,
-            middle_blocks=args.middle_blocks,
-            dec_blocks=args.enc_blocks[::-1],
-            dense=args.dense,
-            deviation=args.loss == "nll",
-        )
-    )
-    model = PUCA(**model_args).to(where, memory_format=torch.channels_last)
+    if checkpoint:
+        model_args = checkpoint["model_args"]
+    else:
+        model_args = {k: getattr(args, k) for k in ("arch", *SHAPE[args.arch])} | dict(deviation=args.loss == "nll")
+        if args.arch == "puca":
+            model_args["dec_blocks"] = args.enc_blocks[::-1]
+    model = network(**model_args).to(where, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2), weight_decay=0, fused=True)
     scheduler = runtime.warmup_cosine(optimizer, args.steps)
     ema = AveragedModel(model, multi_avg_fn=runtime.ema_update(args.ema))
@@ -299,18 +437,18 @@ def hidden_offsets(rows, stride):
 def predict(args):
     """Writes the prediction for every volume of args.data, with the EMA weights of args.model, to args.out."""
     where = runtime.device(args.device)
-    model, _ = runtime.restore(PUCA, args.model, "bsn", where)
+    model, _ = runtime.restore(network, args.model, "bsn", where)
 
     deviation = model.tail[-1].out_channels == 2
     stride = model.stride
 
-    def network(y):
+    def forward(y):
         with runtime.autocast(where, args.precision):
             out = model(y.to(where, memory_format=torch.channels_last)).float().cpu()
         return torch.cat([out[:, :1], out[:, 1:].clamp(min=-5).exp() / 10], 1)
 
     def denoise(y):
-        return data.tiled(network, y, 1024, 256)
+        return data.tiled(forward, y, 1024, 256)
 
     def with_hidden(y, name, rows):
         offsets = hidden_offsets(rows, stride)
@@ -345,7 +483,11 @@ def main(argv=None):
         choices=(1, 5, 9),
         help="diameter of the hole, pixels: 1 for white noise (default), 5 or 9 for noise blurred by 0.5 or 1.2 pixels",
     )
+    p.add_argument("--arch", choices=NETWORKS, help="see above (default puca)")
     p.add_argument("--width", type=runtime.positive, help="features at the first level")
+    p.add_argument(
+        "--blocks", type=runtime.positive, nargs=2, metavar=("LOCAL", "GLOBAL"), help="lgbpn: blocks of its branches"
+    )
     p.add_argument(
         "--enc-blocks", type=runtime.positive, nargs="+", help="blocks per level on the way down, and up in reverse"
     )
@@ -363,7 +505,7 @@ def main(argv=None):
     else:
         runtime.check_outputs([args.data], [args.out, args.model])
     if not args.predict:
-        train(args, runtime.settle(args, PRESETS, "bsn"))
+        train(args, runtime.settle(args, LGBPN_PRESETS if args.arch == "lgbpn" else PRESETS, "bsn"))
     predict(args)
 
 
