@@ -67,7 +67,7 @@ class Pipeline:
 
     def __call__(self, main, out, *flags, trains=None):
         """main([*flags, --out out]) unless it was done before; `trains`: a model whose interrupted training goes on."""
-        argv, started = [*map(str, flags), "--out", str(self.folder / out)], time.monotonic()
+        argv, started = [*map(str, flags), "--out", str(self.folder / out)], (time.monotonic(), time.process_time())
         same = self.done.get(out, {}).get("argv") == argv and not self.changed
         files = [self.folder / out, *([self.folder / trains] if trains else [])]
         if same and self.done[out]["seconds"] is not None and all(file.exists() for file in files):
@@ -78,16 +78,18 @@ class Pipeline:
             runtime.part(self.folder / trains).unlink(missing_ok=True)
         self.note(out, argv, None)  # begun with these flags: only then may it be resumed
         main([*argv, "--resume"] if trains and same else argv)
-        self.note(out, argv, round(time.monotonic() - started, 1))
+        self.note(out, argv, round(time.monotonic() - started[0], 1), round(time.process_time() - started[1], 1))
 
-    def note(self, out, argv, seconds):
-        self.done[out] = dict(argv=argv, seconds=seconds)
+    def note(self, out, argv, seconds, processor=None):
+        self.done[out] = dict(argv=argv, seconds=seconds, processor_seconds=processor)
         with runtime.whole(self.record) as temporary:
             temporary.write_text(json.dumps(self.done, indent=1) + "\n")
 
 
 class Recipe:
     """The stages on one dataset: each method runs some of them, and returns the name of the file that it made."""
+
+    sampling = ()  # flags of srds.py
 
     def __init__(self, args, folder, dataset, mark=None):
         """mark: see Pipeline."""
@@ -135,19 +137,26 @@ class Recipe:
             estimate, start, mark = out, ["--init", self.path(student)], f"_round{k + 1}"
         return out, student
 
+    def diffusion(self, estimate, mark=""):
+        """Trains the diffusion model conditioned on an estimate; returns the name of its checkpoint."""
+        model = f"diffusion{mark}.pt"
+        flags = [*self.data, "--cond", self.path(estimate), *self.steps(diffusion)]
+        self.stage(train_diffusion, model, *flags, trains=model)
+        return model
+
+    def sample(self, estimate, model, out, *flags):
+        """Samples from a diffusion model; returns the name of the file."""
+        cond = ["--cond", self.path(estimate), "--model", self.path(model)]
+        self.stage(srds.main, out, *cond, *self.sampling, *flags, *self.common)
+        return out
+
     def paper(self, estimate, rounds):
         """Like `recorrupted`."""
         mark = ""
         for k in range(1, rounds + 1):
-            diffused, srds_out, out, student = (
-                f"{name}{mark}{end}"
-                for name, end in (("diffusion", ".pt"), ("srds", "_out.h5"), ("paper", "_out.h5"), ("paper", ".pt"))
-            )
-            flags = [*self.data, "--cond", self.path(estimate), *self.steps(diffusion)]
-            self.stage(train_diffusion, diffused, *flags, trains=diffused)
-            flags = ["--cond", self.path(estimate), "--model", self.path(diffused), *self.common]
-            self.stage(srds.main, srds_out, *flags)
-            self.train(distill, out, student, "--target", self.path(srds_out))
+            sampled = self.sample(estimate, self.diffusion(estimate, mark), f"srds{mark}_out.h5")
+            out, student = f"paper{mark}_out.h5", f"paper{mark}.pt"
+            self.train(distill, out, student, "--target", self.path(sampled))
             estimate, mark = out, f"_round{k + 1}"
         return estimate, student
 
@@ -238,9 +247,8 @@ def demo(args):
     estimate = recipe.blind_spot_network()
     ours, _ = recipe.recorrupted(estimate, args.rounds)
     paper, _ = recipe.paper(estimate, args.rounds)
-    cond = ["--cond", path("bsn_out.h5"), "--model", path("diffusion.pt"), "--steps", 25, "--split", "test"]
-    stage(srds.main, "single25_out.h5", *cond, "--mode", "single", *recipe.common)
-    stage(srds.main, "srds25_out.h5", *cond, "--mode", "pair", *recipe.common)
+    for mode, out in (("single", "single25_out.h5"), ("pair", "srds25_out.h5")):
+        recipe.sample(estimate, "diffusion.pt", out, "--steps", 25, "--split", "test", "--mode", mode)
     recipe.train(distill, "supervised_out.h5", "supervised.pt", "--target", "clean")
     rows = {
         NLM: "nlm_out.h5",
