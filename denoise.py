@@ -104,10 +104,13 @@ class Recipe:
 
     def steps(self, module):
         preset = module.PRESETS["fast"]
-        with data.open_file(self.data[1]) as file:
-            smallest = min(min(group["noisy"].shape[1:]) for group in file["volumes"].values())
         steps = max(1, round(self.args.effort * preset["steps"]))
-        return ["--steps", steps, "--crop", min(preset["crop"], smallest), *self.common]
+        return ["--steps", steps, "--crop", min(preset["crop"], self.smallest()), *self.common]
+
+    def smallest(self):
+        """The shortest side of an image, pixels: no crop can be larger."""
+        with data.open_file(self.data[1]) as file:
+            return min(min(group["noisy"].shape[1:]) for group in file["volumes"].values())
 
     def train(self, module, out, model, *flags):
         flags = [*self.data, *flags, "--model", self.path(model), *self.steps(module)]

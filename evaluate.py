@@ -195,6 +195,13 @@ def report_without_reference(path, preds, split, model):
     return results
 
 
+def most_detail(x, side):
+    """(top, left) of the side x side window of the image x (H,W) that holds the most gradient."""
+    sums = np.pad(np.abs(np.gradient(x)).sum(0), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
+    window = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
+    return np.unravel_index(window.argmax(), window.shape)
+
+
 def figure(dataset, preds, split, out):
     """One slice: clean and noisy, then each method; a zoom and the error on one signed scale below. Writes a PNG."""
     import matplotlib
@@ -210,10 +217,7 @@ def figure(dataset, preds, split, out):
     images |= {m: np.asarray(data.read_matching(p, dataset, split=split)[name][s]) for m, p in preds.items()}
     low, high, scale = float(x.min()), float(x.max()), 3 * float(np.std(y - x))
     side = min(64, *(n // 2 for n in x.shape))
-    detail = np.abs(np.gradient(x)).sum(0)  # zoom into the window with the most detail
-    sums = np.pad(detail, ((1, 0), (1, 0))).cumsum(0).cumsum(1)
-    window = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
-    top, left = np.unravel_index(window.argmax(), window.shape)
+    top, left = most_detail(x, side)
     fig, axes = plt.subplots(
         3, len(images), figsize=(2.3 * len(images), 8), dpi=80, layout="constrained", squeeze=False
     )

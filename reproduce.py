@@ -56,21 +56,9 @@ COST = {
     "noise2self": 28,
     "nei2nei": 30,
 }
-RIVALS = ["nlm", "supervised", "lgbpn", "puca", "nei2nei", "paper", "ours"]
+RIVALS = ["supervised", "nlm", "lgbpn", "puca", "nei2nei", "paper", "ours"]
 METHODS = {
-    1: [
-        "nlm",
-        "nlm-calibrated",
-        "tv",
-        "wavelet",
-        "supervised",
-        "noise2self",
-        "lgbpn",
-        "puca",
-        "nei2nei",
-        "paper",
-        "ours",
-    ],
+    1: [*RIVALS[:2], "nlm-calibrated", "tv", "wavelet", "noise2self", *RIVALS[2:]],
     2: RIVALS,
     3: RIVALS,
     4: ["paper", "paper-2", "paper-3", "ours", "ours-2", "ours-3"],
@@ -120,7 +108,8 @@ class Cell(denoise.Recipe):
         if self.scale == "paper":
             return ["--preset", "paper", *self.common]
         cost = COST[self.cost[module]][self.spot] if module is bsn else COST[self.cost[module]]
-        return ["--steps", max(1, round(1000 * self.seconds * self.shares[module] / cost)), *self.common]
+        steps = ["--steps", max(1, round(1000 * self.seconds * self.shares[module] / cost))]
+        return [*steps, *(["--crop", self.smallest()] if self.smallest() < 128 else []), *self.common]
 
     def noisy(self):
         """Makes the noisy images, once for all seeds of the training, and measures the noise."""

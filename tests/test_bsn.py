@@ -5,7 +5,7 @@ import torch
 from conftest import TINY, make_dataset, ok
 
 import data
-from bsn import PUCA, blind_spot_loss, hide
+from bsn import LGBPN, PUCA, BlindSpotConv, blind_spot_loss, hide
 
 SMALL = dict(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1))
 
@@ -107,3 +107,51 @@ def test_hide(stride):
     moved = y.clone()
     moved[..., ~kept] += 1
     assert torch.equal(hide(moved, stride, 1, 0), out)
+
+
+@pytest.mark.parametrize("blind_spot", [1, 5, 9])
+@pytest.mark.parametrize("h, w", [(16, 16), (41, 50)])
+def test_lgbpn_is_exactly_blind(h, w, blind_spot):
+    """The gradient of an output is exactly 0 over its whole diamond, and not just beyond it.
+
+    Fails if the wide branch keeps to classes nearer than its kernel reaches, or attention looks at all classes.
+    """
+    torch.manual_seed(0)
+    net, radius = LGBPN(width=8, blind_spot=blind_spot, blocks=(2, 2)).double(), (blind_spot - 1) // 2
+    y = torch.rand(1, 1, h, w, dtype=torch.double, requires_grad=True)
+    out = net(y)
+    rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    for i, j in [(0, 0), (h // 2, w // 2), (h - 1, w - 1), (3, w - 4)]:
+        (gradient,) = torch.autograd.grad(out[0, 0, i, j], y, retain_graph=True)
+        distance = (rows - i).abs() + (columns - j).abs()
+        assert (gradient[0, 0][distance <= radius] == 0).all()
+        assert (gradient[0, 0][distance == radius + 1] != 0).any()
+        assert (gradient[0, 0][distance > radius + 8] != 0).sum() > 10
+
+
+def test_lgbpn_as_published():
+    """The kernels have the published number of weights that count: 40 of 81, and 108 of the 21x21 taken every second.
+
+    The whole has 4.559 M parameters as published, of which 0.98 M are taps of the wide kernel that never count.
+    """
+    assert BlindSpotConv(1, 1, 4).mask.sum() == 40 and BlindSpotConv(1, 1, 4, 10, 2).mask.sum() == 108
+    with torch.device("meta"):
+        ours = sum(p.numel() for p in LGBPN().parameters())
+    assert abs(ours + (21**2 - 11**2) * 24 * 128 - 4.559e6) < 0.04e6
+
+
+def test_every_second_pixel_is_a_dilated_convolution():
+    conv, x = BlindSpotConv(3, 5, 4, 10, 2).double(), torch.randn(2, 3, 41, 46, dtype=torch.double)
+    dilated = torch.nn.functional.conv2d(x, conv.weight * conv.mask, conv.bias, dilation=2)
+    torch.testing.assert_close(conv(x), dilated)
+
+
+def test_lgbpn_trains_and_resumes(tmp_path):
+    """Its checkpoint rebuilds it without a flag; 2 + 2 steps are 4."""
+    make_dataset(tmp_path / "knee.h5")
+    flags = ["--data", "knee.h5", "--arch", "lgbpn", "--width", "8", "--blocks", "1", "1", "--crop", "32"]
+    ok("bsn", *flags, "--steps", "4", "--out", "a.h5", "--model", "a.pt", cwd=tmp_path)
+    ok("bsn", *flags, "--steps", "4", "--stop-at", "2", "--out", "b.h5", "--model", "b.pt", cwd=tmp_path)
+    ok("bsn", "--data", "knee.h5", "--resume", "--out", "b.h5", "--model", "b.pt", cwd=tmp_path)
+    one, other = (data.read_volumes(tmp_path / name, "pred") for name in ("a.h5", "b.h5"))
+    assert all((one[name] == other[name]).all() for name in one)

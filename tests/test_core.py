@@ -10,7 +10,11 @@ from conftest import ROOT
 BANNER = "# " + "-" * 20
 USES = {
     "bsn": "net = PUCA(width=8, enc_blocks=(1,), middle_blocks=1, dec_blocks=(1,))\n"
-    "blind_spot_loss(net(torch.rand(1, 1, 20, 17)), torch.rand(1, 1, 20, 17)).backward()",
+    "blind_spot_loss(net(torch.rand(1, 1, 20, 17)), torch.rand(1, 1, 20, 17)).backward()\n"
+    "LGBPN(width=8, blocks=(1, 1))(torch.rand(1, 1, 20, 17))",
+    "baselines": "y, rng = torch.rand(1, 1, 16, 16), __import__('numpy').random.default_rng()\n"
+    "net = N2NUNet(width=4)\n"
+    "(noise2self_loss(net, y, 4, 3) + neighbor2neighbor_loss(net, y, *neighbors(16, 16, rng), 1)).backward()",
     "diffusion": "x = torch.rand(2, 1, 32, 32); t = torch.tensor([1, 2])\n"
     "net = UNet(width=8, mult=(1, 2), blocks=1, attention=(), groups=0)\n"
     "diffusion_loss(net, x, x, alpha_bar(), t, torch.randn_like(x)).backward()",
@@ -29,6 +33,7 @@ USES = {
     "wiener(np.random.randn(20, 30), lambda h, w: np.ones((h, w)))",
 }
 ALLOWED = {
+    "baselines": {"torch"},
     "bsn": {"torch", "einops"},
     "diffusion": {"torch", "einops", "math"},
     "srds": {"torch"},
