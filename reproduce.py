@@ -70,14 +70,16 @@ CORRELATIONS = (0.5, 1.2)
 def cells(table, scale, sets):
     """[(dataset, kind, correlation, seed)] of a table; kind None: the images have noise of their own."""
     synthetic = [name for name in sets if not name.startswith("m4raw")]
+    if table == 3:
+        return [(name, None, 0, 0) for name in sets if name.startswith("m4raw")]
+    if not synthetic:
+        return []
     first = "knee" if scale == "paper" else synthetic[0]
     if table == 1:
         kinds = noise.KINDS[:2]
         return [(name, kind, 0, 0) for name in synthetic for kind in kinds]
     if table == 2:
         return [(first, kind, correlation, 0) for kind in noise.KINDS for correlation in CORRELATIONS]
-    if table == 3:
-        return [(name, None, 0, 0) for name in sets if name.startswith("m4raw")]
     correlations = (0, 1.2) if (table, scale) == (4, "small") else (0, *CORRELATIONS)
     return [(first, "gaussian", correlation, seed) for seed in range(1 + (table == 5)) for correlation in correlations]
 
@@ -259,8 +261,15 @@ def main(argv=None):
     sets = reproduce_data.available(args.scale, args.data)
     wanted = {}  # a cell stands in several tables: all its methods at once
     for table in tables:
-        for cell in cells(table, args.scale, sets):
+        found = [cell for cell in cells(table, args.scale, sets) if cell[0] in sets]
+        if not found:
+            print(f"reproduce: table {table} left out: its images are in none of the folders of --data", flush=True)
+        for cell in found:
             wanted.setdefault(cell, []).extend(m for m in METHODS[table] if m not in wanted.get(cell, []))
+    if tables and not wanted:
+        raise ValueError(
+            f"--data {' '.join(args.data)}: no image set of scale {args.scale} (reproduce_data.py names them)"
+        )
     for dataset in dict.fromkeys(cell[0] for cell in wanted):
         out = Path(args.work) / f"{dataset}.h5"
         with alone(Path(args.work) / f"{dataset}.lock", wait=True):

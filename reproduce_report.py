@@ -138,7 +138,7 @@ def key_of(run):
 def columns(runs, table):
     """The columns of a table that have been run, at least in part."""
     sets, groups = [name for name in TITLES if any(run["dataset"] == name for run in runs)], {}
-    for *key, seed in reproduce.cells(table, runs[0]["scale"], sets) if sets else []:
+    for *key, seed in reproduce.cells(table, runs[0]["scale"], sets):
         found = [run for run in runs if (*key_of(run), run["seed"]) == (*key, seed)]
         found = [run for run in found if any(m in run["methods"] for m in reproduce.METHODS[table] if m != "nlm")]
         if found:

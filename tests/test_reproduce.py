@@ -1,0 +1,141 @@
+"""The tables: image sets in their exact formats, cells that resume, bold and claims as they should be."""
+
+import json
+
+import h5py
+import numpy as np
+import pytest
+from conftest import ellipses, ok, run
+from test_data import write_dicom
+from test_formats import fastmri
+
+import data
+import reproduce
+import reproduce_data
+import reproduce_report
+
+
+def slices(rng, n, h, w):
+    return 1e-3 * ellipses(rng, n, h, w)
+
+
+def test_paper_scale_sets(tmp_path, monkeypatch):
+    """fastMRI, M4Raw and SIIM files become 300x300 patches with their own splits; the test set ends at its limit."""
+    monkeypatch.setattr(reproduce_data, "FIRST", 3)
+    rng = np.random.default_rng(0)
+    for split, files in (("train", 2), ("val", 1)):
+        for place in ("knee", "brain", "m4raw"):
+            (tmp_path / place / f"multicoil_{split}").mkdir(parents=True)
+        for k in range(files):
+            fastmri(tmp_path / f"knee/multicoil_{split}/file100{k}.h5", slices(rng, 4, 320, 320), "CORPD_FBK")
+            fastmri(tmp_path / f"brain/multicoil_{split}/file_brain_AXT2_20{k}.h5", slices(rng, 2, 640, 320), "AXT2")
+        fastmri(tmp_path / f"brain/multicoil_{split}/file_brain_AXT1_200.h5", slices(rng, 2, 320, 320), "AXT1")
+        x = slices(rng, 2, 64, 64)
+        for contrast, n in (("T1", 3), ("FLAIR", 2)):
+            for k in range(n):
+                y = x + 2e-5 * rng.standard_normal(x.shape)
+                fastmri(tmp_path / f"m4raw/multicoil_{split}/2022061003_{contrast}0{k + 1}.h5", y, f"AX{contrast}")
+    for split, n in (("train", 2), ("test", 4)):
+        for k in range(n):
+            folder = tmp_path / "siim" / split / f"study{k}" / "series"
+            folder.mkdir(parents=True)
+            write_dicom(folder / "image.dcm", rng.integers(0, 4000, (700, 310)), k, inverted=k == 1)
+    sets = reproduce_data.available("paper", [tmp_path / "nothing", tmp_path])
+    assert list(sets) == ["brain", "knee", "siim", "m4raw-T1", "m4raw-FLAIR"]
+    shapes = {"knee": (8, 3, 300), "brain": (8, 3, 300), "siim": (4, 3, 300), "m4raw-T1": (2, 2, 64)}
+    for name, (train, test, side) in (shapes | {"m4raw-FLAIR": (2, 2, 64)}).items():
+        out = tmp_path / f"{name}.h5"
+        reproduce_data.make(name, sets[name], out, tmp_path)
+        for split, n in (("train", train), ("test", test)):
+            volumes = data.read_volumes(out, "noisy", split)
+            assert sum(len(v) for v in volumes.values()) == n
+            assert all(v.shape[1:] == (side, side) and v.min() >= 0 and v.max() <= 1 for v in volumes.values())
+    noisy, clean = (data.read_volumes(tmp_path / "m4raw-T1.h5", key, "test") for key in ("noisy", "clean"))
+    gap = np.std(
+        [(noisy[name] - clean[name]) * data.read_attrs(tmp_path / "m4raw-T1.h5")[1][name]["scale"] for name in noisy]
+    )
+    assert abs(gap / (2e-5 * (2 / 3) ** 0.5) - 1) < 0.05  # the mean of three holds a third of the noise
+    (tmp_path / "knee/multicoil_val/file1000.h5").unlink()
+    with pytest.raises(ValueError, match="no images of the test split of Knee"):
+        reproduce_data.make("knee", sets["knee"], tmp_path / "knee.h5", tmp_path)
+
+
+def test_small_scale_runs_and_resumes(tmp_path):
+    """Table 3 from nothing but a folder, then one method again: the rest stays, to the last digit."""
+    rng = np.random.default_rng(0)
+    x = ellipses(rng, 30, 96, 96)
+    with h5py.File(tmp_path / "m4raw_pairs.h5", "w") as file:
+        noisy, *others = (x + 0.03 * rng.standard_normal(x.shape) for _ in range(3))
+        for key, values in (("noisy", noisy), ("mean3", (noisy + sum(others)) / 3)):
+            file[key] = (255 * values.clip(0, 1)).astype(np.uint8)
+    flags = ["--table", "3", "--data", ".", "--budget", "0.2"]
+    ok("reproduce", *flags, cwd=tmp_path)
+    path = tmp_path / "reproduced/m4raw-s0.json"
+    first = json.loads(path.read_text())
+    assert list(first["methods"]) == ["noisy", *reproduce.METHODS[3]] and first["methods"]["noisy"]["n"] == 6
+    table = (tmp_path / "reproduced/tables.md").read_text()
+    assert "| Neighbor2Neighbor | " in table and "| 4.4 | above PUCA on real noise | +0.45, +0.28 |" in table
+    assert str(tmp_path) not in path.read_text()
+    changed = json.loads(path.read_text())
+    del changed["methods"]["puca"]
+    path.write_text(json.dumps(changed))
+    said = ok("reproduce", *flags, cwd=tmp_path).stdout
+    assert "m4raw-s0: puca\n" in said and said.count("m4raw-s0") == 1 and "steps in" not in said
+    again = json.loads(path.read_text())
+    assert again["methods"]["puca"] == first["methods"]["puca"]
+    assert {**again, "methods": None} == {**first, "methods": None}
+    wrong = run("reproduce", *flags[:-1], "0.3", cwd=tmp_path)
+    assert wrong.returncode == 2 and "give another --out" in wrong.stderr
+
+
+def test_cells_of_the_paper():
+    sets = ["brain", "knee", "siim", "m4raw-T1", "m4raw-FLAIR"]
+    count = {table: len(reproduce.cells(table, "paper", sets)) for table in range(1, 6)}
+    assert count == {1: 6, 2: 6, 3: 2, 4: 3, 5: 6}
+    assert reproduce.cells(4, "small", ["head", "chest"]) == [("head", "gaussian", 0, 0), ("head", "gaussian", 1.2, 0)]
+
+
+def made_up(kind, correlation, seed=0, **psnr):
+    """A cell whose methods have these PSNR, slice by slice."""
+    methods = {
+        name: dict(psnr=np.mean(v), ssim=np.mean(v) / 50, leak=0.1, n=len(v), seconds=1.0, processor_seconds=1.0,
+                   slices=dict(psnr=list(v), ssim=[x / 50 for x in v]))
+        for name, v in psnr.items()
+    }  # fmt: skip
+    noise = dict(kind=kind, correlation=correlation)
+    return dict(dataset="head", noise=noise, seed=seed, scale="small", budget=75, commit="abc", methods=methods)
+
+
+def test_bold_where_the_test_says_so():
+    """The best self-supervised row is bold if it wins slice by slice, not if it wins on average alone."""
+    base = np.linspace(30, 34, 12)
+    rows = dict(noisy=base, supervised=base + 9, nlm=base + 1, puca=base + 2, nei2nei=base + 2.5)
+    clear = reproduce_report.markdown(1, [reproduce_report.Column([made_up("gaussian", 0, **rows)])])
+    assert "| Neighbor2Neighbor | **34.50**/**0.690** |" in clear and "| Supervised | 41.00/0.820 |" in clear
+    rows["nei2nei"] = base + 2 + np.tile([1, -0.9], 6)
+    unclear = reproduce_report.markdown(1, [reproduce_report.Column([made_up("gaussian", 0, **rows)])])
+    assert not any("**" in line for line in unclear)
+
+
+def test_claims():
+    """A difference in the direction that the paper claims confirms it, in the other refutes it."""
+    x = np.full(6, 30.0)
+    runs = [
+        made_up("gaussian", c, seed, single=x, srds=x + 2, **{"kd-single": x + (1 if c else -1)}, paper=x + 1.5)
+        for c in (0, 0.5)
+        for seed in (0, 1)
+    ]
+    for column in (cols := reproduce_report.columns(runs, 5)):
+        assert len(column.runs) == 2
+    lines = "\n".join(reproduce_report.claims({5: cols}))
+    assert "| SRDS gains over one sample | +2.39, +1.85, +3.45 | +2.00, +2.00 | confirmed |" in lines
+    assert "| distillation gains over SRDS | +0.15, +0.26, +0.36 | -0.50, -0.50 | refuted |" in lines
+    assert "| without SRDS distillation makes it worse | -0.33, -0.98, -0.89 | -1.00, +1.00 | 1 of 2 |" in lines
+
+
+def test_wrong_use_is_refused(tmp_path):
+    assert run("reproduce", "--table", "none", cwd=tmp_path).returncode == 2
+    done = run("reproduce", "--budget", "0", cwd=tmp_path)
+    assert done.returncode == 2 and "--budget 0 is not positive" in done.stderr
+    done = run("reproduce", "--scale", "paper", "--data", "nowhere", cwd=tmp_path)
+    assert done.returncode == 2 and "--data nowhere: no image set of scale paper" in done.stderr
