@@ -52,10 +52,8 @@ class N2NUNet(nn.Module):
         self.downs = nn.ModuleList(conv(width, width) for _ in range(self.LEVELS))
         self.middle = conv(width, width)
         sources = [2 * width, *[3 * width] * (self.LEVELS - 2), 2 * width + channels]
-        targets = [*[2 * width] * (self.LEVELS - 1), 2 * width]
-        self.ups = nn.ModuleList(
-            nn.Sequential(conv(c_in, c_out), conv(c_out, c_out)) for c_in, c_out in zip(sources, targets)
-        )
+        up = lambda c_in: nn.Sequential(conv(c_in, 2 * width), conv(2 * width, 2 * width))  # noqa: E731
+        self.ups = nn.ModuleList(up(c_in) for c_in in sources)
         self.tail = nn.Sequential(
             nn.Conv2d(2 * width, 2 * width, 1),
             nn.LeakyReLU(0.2),
@@ -167,11 +165,11 @@ def calibrated(method, y):
     strengths = sigma * 2 ** np.arange(-1.5, 2.01, 0.5)
     denoise, parameters = {
         "nlm-calibrated": (
-            lambda image, h: denoise_nl_means(image, patch_size=5, patch_distance=6, h=h, fast_mode=True),
+            lambda image, h: denoise_nl_means(image, patch_size=5, patch_distance=6, h=h, sigma=sigma, fast_mode=True),
             {"h": strengths},
         ),
         "tv": (denoise_tv_chambolle, {"weight": 2 * strengths}),
-        "wavelet": (denoise_wavelet, {"sigma": strengths, "rescale_sigma": [True]}),
+        "wavelet": (denoise_wavelet, {"sigma": strengths, "wavelet": ["db2"], "rescale_sigma": [True]}),
     }[method]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the levels of the wavelet decomposition
@@ -219,8 +217,8 @@ def scheduler_of(optimizer, schedule, steps):
     """cosine: as every stage of this project; halved: at 20, 40, 60 and 80 % of the steps; constant."""
     if schedule == "cosine":
         return runtime.warmup_cosine(optimizer, steps)
-    milestones = [round(steps * k / 5) for k in range(1, 5)] if schedule == "halved" else []
-    return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.5)
+    halvings = 4 if schedule == "halved" else 0
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 ** min(halvings, 5 * step // steps))
 
 
 def train(args, checkpoint=None):
@@ -319,6 +317,8 @@ def main(argv=None):
     if args.method in CLASSICAL:
         runtime.check_outputs([args.data, args.noise], [args.out])
         return predict(args)
+    if args.period == 1:
+        raise ValueError("--period 1 hides every pixel at once: 2 is the least")
     args.model = args.model.replace("METHOD", args.method)
     if args.predict:
         runtime.check_outputs([args.data, args.model], [args.out])

@@ -222,16 +222,17 @@ class DilatedBlock(nn.Module):
 class LGBPN(nn.Module):
     """Blind-spot network of a local and a global branch (Wang et al. 2023), the hole a diamond as in PUCA above.
 
-    Local: a dense masked convolution, then dilated blocks. Global: a masked convolution of 21x21 pixels, each second
-    one, then channel attention. Each branch works within residue classes that lie so far apart that no member's kernel
-    reaches into another's hole: 2 * radius pixels (2 for radius 0), and 15 for the wide kernel, as published. The
-    attention, too, looks at one class alone: over the whole image, as published, it would leak a little.
+    Local: a masked convolution of 9x9 pixels, then dilated blocks. Global: one of 21x21 pixels, each second one, then
+    channel attention. Each branch works within residue classes that lie so far apart that no member's kernel reaches
+    into another's hole: 8 and 15 pixels, as published. The attention, too, looks at one class alone: over the whole
+    image, as published, it would leak a little. Left out: what the published code does at test time alone (taps moved
+    closer, and the mean over outputs of which a share was replaced by noisy pixels), which gives up the blind spot.
 
     Args: channels, blind_spot, deviation: as in PUCA. width: features. blocks: of the local and the global branch.
     Maps (B,C,H,W) to (B,C,H,W) or (B,2C,H,W), any H and W >= 16.
     """
 
-    WIDE = 10  # reach of the global branch's kernel, pixels
+    BRANCHES = ((4, 1, 8), (10, 2, 15))  # local, global: reach of the kernel, every how many pixels, stride of classes
 
     def __init__(self, channels=1, width=128, blind_spot=9, blocks=(9, 6), deviation=False):
         super().__init__()
@@ -240,16 +241,15 @@ class LGBPN(nn.Module):
         if width % 2:
             raise ValueError(f"width {width} is odd: attention has two heads")
         radius = (blind_spot - 1) // 2
-        self.reach, self.stride, self.far = max(1, radius), 2 * max(1, radius), self.WIDE + 5
+        self.stride = self.BRANCHES[0][2]
         conv1 = lambda c_in, c_out: nn.Conv2d(c_in, c_out, 1)  # noqa: E731
         self.head = nn.Sequential(conv1(channels, 24), nn.ReLU())
-        self.near_blind = BlindSpotConv(24, width, radius)
+        self.blind = nn.ModuleList(BlindSpotConv(24, width, radius, reach, every) for reach, every, _ in self.BRANCHES)
         self.near = nn.Sequential(
             *(nn.ReLU(), conv1(width, width), nn.ReLU(), conv1(width, width), nn.ReLU()),
             *(DilatedBlock(width) for _ in range(blocks[0])),
             *(conv1(width, width), nn.ReLU()),
         )
-        self.wide_blind = BlindSpotConv(24, width, radius, self.WIDE, every=2)
         self.wide = nn.Sequential(
             *(nn.ReLU(), conv1(width, width)),
             *(ChannelAttentionBlock(width) for _ in range(blocks[1])),
@@ -263,10 +263,7 @@ class LGBPN(nn.Module):
     def forward(self, y):
         h, w = y.shape[-2:]
         branches = []
-        for blind, body, reach, stride in (
-            (self.near_blind, self.near, self.reach, self.stride),
-            (self.wide_blind, self.wide, self.WIDE, self.far),
-        ):
+        for blind, body, (reach, _, stride) in zip(self.blind, (self.near, self.wide), self.BRANCHES):
             x = F.pad(y, (0, -w % stride, 0, -h % stride))  # zeros: a mirror image could show a pixel to itself
             x = blind(self.head(F.pad(x, 4 * (reach,))))
             branches.append(collect(body(deal(x, stride)), stride)[..., :h, :w])

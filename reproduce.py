@@ -7,15 +7,15 @@
     python reproduce.py --table all --scale small --data sets/ --out results/reproduce    # 3 hours on one core
     python reproduce.py --table 1 --scale paper --data /data --out results/paper          # a GPU, days
 
-What OUT holds is not made again, and an interrupted run goes on where it was; --work keeps the files in between. The
-same command may run several times at once: each run takes cells that no other has. On a processor, start one for each
-core with OMP_NUM_THREADS=1.
+What OUT holds is not made again, and an interrupted run goes on where it was; --work keeps the image sets and the files
+in between. The same command may run several times at once: each run takes cells that no other has. On a processor, start
+one for each core with OMP_NUM_THREADS=1.
 
 Budgets. `--scale small`: every learned method trains for the same time, --budget seconds of one processor core (75) by
 the milliseconds a step of each network takes (COST), whatever it consists of: a blind-spot network has all of it, the
 paper's recipe a third for each of its three networks, ours a third for the blind-spot network and the rest for the
-student. Supervised training, Noise2Self, Neighbor2Neighbor and both students have the same network. `--scale paper`:
-the preset `paper` of every program.
+student; a further round has two thirds again. Supervised training, Noise2Self, Neighbor2Neighbor and both students have
+the same network. `--scale paper`: the preset `paper` of every program.
 
 Methods:
 
@@ -30,14 +30,17 @@ Methods:
     single25 srds25              the first two with 25 steps
 """
 
+import argparse
 import contextlib
 import fcntl
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import baselines
 import bsn
+import data
 import denoise
 import diffusion
 import distill
@@ -49,7 +52,7 @@ import runtime
 # Milliseconds of one core for a training step of preset `fast`; blind-spot networks: by the diameter of the hole.
 COST = {
     "puca": {1: 55, 5: 65, 9: 85},
-    "lgbpn": {1: 143, 5: 149, 9: 166},
+    "lgbpn": {1: 166, 5: 166, 9: 166},
     "diffusion": 147,
     "student": 29,
     "recorrupted": 47,
@@ -95,11 +98,13 @@ class Cell(denoise.Recipe):
     def __init__(self, args, cell, folder):
         self.dataset, self.kind, self.correlation, seed = cell
         self.scale, self.seconds, self.used = args.scale, args.budget, []
-        args = runtime.argparse.Namespace(**{**vars(args), "seed": seed})
-        super().__init__(args, folder, str(folder / "noisy.h5"))
+        self.clean = str(folder.parent / f"{self.dataset}.h5")
+        self.images = data.fingerprints(self.clean)
+        mark = [args.scale, args.budget, args.device, args.precision, self.images]
+        args = argparse.Namespace(**{**vars(args), "seed": seed})
+        super().__init__(args, folder, str(folder / "noisy.h5") if self.kind else self.clean, mark)
         self.pipeline, self.stage = self.stage, self.use
         self.sampling = ["--steps", 3] if self.scale == "small" else []
-        self.clean = str(folder.parent / f"{self.dataset}.h5")
 
     def use(self, main, out, *flags, trains=None):
         self.used.append(out)
@@ -107,11 +112,15 @@ class Cell(denoise.Recipe):
 
     def steps(self, module):
         """Flags for as much training as the method's share of the budget allows."""
-        if self.scale == "paper":
-            return ["--preset", "paper", *self.common]
+        presets = module.PRESETS
+        if module in (bsn, baselines):
+            presets = bsn.LGBPN_PRESETS if self.cost[module] == "lgbpn" else presets.get(self.cost[module], presets)
+        size = "paper" if self.scale == "paper" else "fast"
+        flags = ["--preset", size, "--crop", min(presets[size]["crop"], self.smallest()), *self.common]
+        if size == "paper":
+            return flags
         cost = COST[self.cost[module]][self.spot] if module is bsn else COST[self.cost[module]]
-        steps = ["--steps", max(1, round(1000 * self.seconds * self.shares[module] / cost))]
-        return [*steps, *(["--crop", self.smallest()] if self.smallest() < 128 else []), *self.common]
+        return ["--steps", max(1, round(1000 * self.seconds * self.shares[module] / cost)), *flags]
 
     def noisy(self):
         """Makes the noisy images, once for all seeds of the training, and measures the noise."""
@@ -119,8 +128,6 @@ class Cell(denoise.Recipe):
             level = reproduce_data.LEVELS[self.dataset][self.kind]
             flags = ["--data", self.clean, "--kind", self.kind, "--level", level, "--correlation", self.correlation]
             self.stage(noise.main, "noisy.h5", "add", *flags)
-        else:
-            self.stage(lambda argv: Path(argv[-1]).hardlink_to(self.clean), "noisy.h5")
         self.model_of_noise = "noise_first.json"
         self.stage(noise.main, self.model_of_noise, "measure", *self.data)
         self.spot = json.loads((self.folder / self.model_of_noise).read_text())["blind_spot"]
@@ -140,6 +147,8 @@ class Cell(denoise.Recipe):
         self.shares = {bsn: 1 / 3, diffusion: 1 / 3, distill: 1 / 3}
         self.cost = {bsn: "puca", diffusion: "diffusion", distill: "student"}
         self.noisy()
+        if method not in ("nlm", *bsn.NETWORKS) and not method.startswith(("paper", "ours", "single", "srds", "kd")):
+            self.used = []  # nobody measured the noise for it
         if method == "nlm":
             known = ["--noise", self.path(self.model_of_noise)]
             self.stage(baselines.main, "nlm_out.h5", *self.data, *known, "--split", "test")
@@ -181,63 +190,83 @@ class Cell(denoise.Recipe):
         slices = evaluate.measure(self.data[1], self.path(out), "test")
         stages = {name: self.pipeline.done[name] for name in self.used}
         return dict(
-            **{k: round(float(v), 5) for k, v in evaluate.summary(slices).items()},
+            **plain(slices),
+            commit=commit(),
             seconds=round(sum(stage["seconds"] for stage in stages.values()), 1),
             processor_seconds=round(sum(stage["processor_seconds"] for stage in stages.values()), 1),
             stages={
                 name: " ".join(stage["argv"]).replace(f"{self.folder.parent}/", "") for name, stage in stages.items()
             },
-            slices={k: [round(float(x), 5) for x in slices[k]] for k in ("psnr", "ssim")},
         )
+
+
+def plain(slices):
+    """Measures of evaluate.measure for JSON: their means, and PSNR and SSIM of each slice."""
+    means = {k: round(float(v), 5) for k, v in evaluate.summary(slices).items()}
+    return {**means, "slices": {k: [round(float(x), 5) for x in slices[k]] for k in ("psnr", "ssim")}}
 
 
 def commit():
     """Of the working copy, marked when it has changes; "" outside of git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
 
 
 @contextlib.contextmanager
-def alone(path, wait):
+def alone(path, wait=True):
     """Yields whether this process alone holds the lock `path`, waiting for it if asked; it ends with the process."""
     with open(path, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            yield True
+            mine = True
         except BlockingIOError:
-            yield False
+            mine = False
+        yield mine
+
+
+def started(path, args, cell, images):
+    """What the JSON of a cell holds; a new one if there is none. Raises ValueError if it is of another study."""
+    dataset, kind, correlation, seed = cell
+    head = dict(dataset=dataset, noise=dict(kind=kind, correlation=correlation), seed=seed, scale=args.scale)
+    head |= dict(budget=args.budget if args.scale == "small" else None, images=images)
+    known = json.loads(path.read_text()) if path.exists() else {**head, "methods": {}}
+    for key in ("scale", "budget", "images"):
+        if known[key] != head[key]:
+            what = "other images" if key == "images" else f"{key} {known[key]}, not {head[key]}"
+            raise ValueError(f"{path} is of {what}: give another --out")
+    return known
 
 
 def run(args, cell, methods):
-    """Fills in what a cell's JSON lacks, method by method. Returns False if another process has the cell."""
+    """Fills in what a cell's JSON lacks, method by method. Returns the methods that failed."""
     name = name_of(*cell)
-    path, folder = Path(args.out) / f"{name}.json", Path(args.work) / name
+    path, folder, failed = Path(args.out) / f"{name}.json", Path(args.work) / name, []
     folder.mkdir(parents=True, exist_ok=True)
     with alone(folder / "lock", wait=False) as mine:
         if not mine:
-            return False
-        made = dict(scale=args.scale, budget=args.budget if args.scale == "small" else None)
-        dataset, kind, correlation, seed = cell
-        head = dict(dataset=dataset, noise=dict(kind=kind, correlation=correlation), seed=seed, **made)
-        known = json.loads(path.read_text()) if path.exists() else {**head, "commit": commit(), "methods": {}}
-        if {key: known[key] for key in made} != made:
-            raise ValueError(f"{path} is of { ({key: known[key] for key in made}) }, not of {made}: give another --out")
+            print(f"{name}: another process has it", flush=True)
+            return failed
         one = Cell(args, cell, folder)
+        known = started(path, args, cell, one.images)
         for method in methods:
             if method in known["methods"]:
                 continue
             print(f"{name}: {method}", flush=True)
-            if "noisy" not in known["methods"]:
-                one.make("nlm")
-                slices = evaluate.measure(one.data[1], None, "test")
-                known["methods"]["noisy"] = {
-                    **{k: round(float(v), 5) for k, v in evaluate.summary(slices).items()},
-                    "slices": {k: [round(float(x), 5) for x in slices[k]] for k in ("psnr", "ssim")},
-                }
-            known["methods"][method] = one.measured(method)
+            try:
+                if "noisy" not in known["methods"]:
+                    one.make("nlm")
+                    known["methods"]["noisy"] = plain(evaluate.measure(one.data[1], None, "test"))
+                known["methods"][method] = one.measured(method)
+            except ValueError as error:  # such as a loss that became NaN: the other methods go on
+                print(f"reproduce.py: {name}: {method} failed: {error}", file=sys.stderr, flush=True)
+                failed.append(method)
+                continue
             with runtime.whole(path) as temporary:
                 temporary.write_text(json.dumps(known, indent=1) + "\n")
-    return True
+    return failed
 
 
 def main(argv=None):
@@ -255,10 +284,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not args.budget > 0:
         raise ValueError(f"--budget {args.budget:g} is not positive")
-    for folder in (args.out, args.work):
-        Path(folder).mkdir(parents=True, exist_ok=True)
     tables = range(1, 6) if "all" in args.table else [int(t) for t in args.table if t != "none"]
-    sets = reproduce_data.available(args.scale, args.data)
+    sets, failed = reproduce_data.available(args.scale, args.data), 0
     wanted = {}  # a cell stands in several tables: all its methods at once
     for table in tables:
         found = [cell for cell in cells(table, args.scale, sets) if cell[0] in sets]
@@ -270,15 +297,18 @@ def main(argv=None):
         raise ValueError(
             f"--data {' '.join(args.data)}: no image set of scale {args.scale} (reproduce_data.py names them)"
         )
+    for folder in (args.out, args.work):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     for dataset in dict.fromkeys(cell[0] for cell in wanted):
         out = Path(args.work) / f"{dataset}.h5"
-        with alone(Path(args.work) / f"{dataset}.lock", wait=True):
+        with alone(Path(args.work) / f"{dataset}.lock"):
             if not out.exists():
                 reproduce_data.make(dataset, sets[dataset], out, Path(args.work))
     for cell, methods in wanted.items():
-        if not run(args, cell, methods):
-            print(f"{name_of(*cell)}: another process has it", flush=True)
-    reproduce_report.write(args.out, args.work)
+        failed += len(run(args, cell, methods))
+    with alone(Path(args.work) / "report.lock"):
+        reproduce_report.write(args.out, args.work)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

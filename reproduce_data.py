@@ -1,6 +1,7 @@
 """The images of the paper's tables as datasets of data.py's contract: found in folders, imported, split, cut, joined.
 
-Scale paper (Sec. 4.1): 300x300 patches, the sets' own training splits, the first 200 images of validation or test:
+Scale paper (Sec. 4.1): 300x300 patches, the sets' own training splits, the first 200 images of validation or test
+(fastMRI: slices; SIIM: films, all patches of each):
 
     FOLDER/knee, FOLDER/brain      fastMRI: multicoil_train, multicoil_val (or singlecoil_...); brain: AXT2 alone
     FOLDER/siim                    SIIM-FISABIO-RSNA COVID-19: train, test, DICOM
@@ -23,7 +24,7 @@ import data
 
 MRI = {"gaussian": "6/255", "poisson": "200", "gamma": "100"}
 XRAY = {"gaussian": "6/255", "poisson": "700", "gamma": "500"}
-LEVELS = {"knee": MRI, "brain": MRI, "siim": XRAY, "head": MRI, "chest": XRAY}  # Sec. 4.1
+LEVELS = {"knee": MRI, "brain": MRI, "siim": XRAY, "head": MRI, "chest": XRAY, "mni": MRI}  # Sec. 4.1
 TITLES = {
     "knee": "Knee",
     "brain": "Brain T2w",
@@ -35,8 +36,7 @@ TITLES = {
     "m4raw": "M4Raw pairs",
     "mni": "Built-in brain",
 }
-LEVELS["mni"] = MRI
-FIRST = 200  # images of the test set
+FIRST = 200  # images of the test sets of fastMRI and SIIM
 
 
 def find(name, folders):
@@ -64,6 +64,8 @@ def make(dataset, path, out, folder):
         return data.main(["import", str(path), "--out", str(out)])
     if dataset == "chest":
         files = sorted(path.glob("normal_*"))[:60]
+        if len(files) < 10:
+            raise ValueError(f"{path} holds {len(files)} files normal_*: at least 10 are needed")
         return data.main(["import", *map(str, files), "--split", "0.7,0.05,0.25", "--out", str(out)])
     if dataset == "m4raw":
         return pairs(path, out, 240)
@@ -85,11 +87,12 @@ def make(dataset, path, out, folder):
             raise ValueError(
                 f"{path}: no images of the {split} split of {TITLES[dataset]} (reproduce_data.py says where)"
             )
-    sources["test"] = sources["test"][:FIRST]
+    if dataset == "siim":
+        sources["test"] = sources["test"][:FIRST]
     parts = [(folder / f"{dataset}_{split}.h5", split) for split in sources]
     for part, split in parts:
         data.main(["import", *map(str, sources[split]), "--split", split, *flags, "--out", str(part)])
-    join(parts, out, {"test": FIRST})
+    join(parts, out, {"test": FIRST} if dataset in ("knee", "brain") else {})
     for part, _ in parts:
         part.unlink()
 
@@ -118,6 +121,8 @@ def pairs(path, out, count=None, reference="others"):
     Neighbouring indices are neighbouring slices: the splits are contiguous blocks of 70, 10 and 20 %.
     """
     with h5py.File(path) as file:
+        if not {"noisy", "mean3"} <= set(file):
+            raise ValueError(f"{path} holds {sorted(file)}, not `noisy` and `mean3`")
         noisy, mean3 = (file[key][:count].astype("f4") / 255 for key in ("noisy", "mean3"))
     n, clean = len(noisy), (3 * mean3 - noisy) / 2 if reference == "others" else mean3
     with data.write_volumes(out, "dataset", "m4raw_pairs") as add:

@@ -18,6 +18,7 @@ def save(fig, path):
     with runtime.whole(path) as temporary:
         fig.savefig(temporary, format="png")
     plt.close(fig)
+    return path
 
 
 def figure3(out, work, cells, names):
@@ -53,12 +54,13 @@ def figure3(out, work, cells, names):
             axes[2 * row + 1, column].imshow((image - x)[window], cmap="RdBu_r", vmin=-scale, vmax=scale)
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
-    save(fig, out / "figure3.png")
+    return save(fig, out / "figure3.png")
 
 
 @torch.inference_mode()
-def figure4(out, folder, draws=50, steps=25):
+def figure4(out, work, cells, names=None, draws=50, steps=25):
     """Figure 4: one test image from many starting noises: one sample, the mean of two, SRDS, the student."""
+    folder = work / cells[0]
     clean = data.read_volumes(folder / "noisy.h5", "clean", "test")
     name = next(iter(clean))
     s = clean[name].shape[0] // 2
@@ -102,4 +104,4 @@ def figure4(out, folder, draws=50, steps=25):
     ax.set(xlabel="draw of the starting noise", ylabel="PSNR, dB")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(fontsize=8)
-    save(fig, out / "figure4.png")
+    return save(fig, out / "figure4.png")

@@ -101,7 +101,7 @@ def test_calibration_finds_the_strength():
     }
     for method, score in best.items():
         assert psnr_ssim(baselines.calibrated(method, y), x)[0] > score - 2
-    assert psnr_ssim(baselines.calibrated("wavelet", y), x)[0] > psnr_ssim(y, x)[0] + 0.5
+    assert psnr_ssim(baselines.calibrated("wavelet", y), x)[0] > psnr_ssim(y, x)[0] + 2
 
 
 @pytest.mark.parametrize("method", ["noise2self", "nei2nei"])
@@ -123,6 +123,7 @@ def test_published_settings_run(tmp_path, method):
     make_dataset(tmp_path / "knee.h5")
     flags = ["--preset", "paper", "--width", "4", "--steps", "2", "--batch", "1", "--crop", "32"]
     ok("baselines", "--data", "knee.h5", "--method", method, *flags, cwd=tmp_path)
+    ok("baselines", "--data", "knee.h5", "--method", method, "--resume", "--steps", "3", cwd=tmp_path)
 
 
 def test_schedules():

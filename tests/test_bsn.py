@@ -114,10 +114,10 @@ def test_hide(stride):
 def test_lgbpn_is_exactly_blind(h, w, blind_spot):
     """The gradient of an output is exactly 0 over its whole diamond, and not just beyond it.
 
-    Fails if the wide branch keeps to classes nearer than its kernel reaches, or attention looks at all classes.
+    Fails if a branch keeps to classes nearer than its kernel reaches, or attention looks at all classes.
     """
     torch.manual_seed(0)
-    net, radius = LGBPN(width=8, blind_spot=blind_spot, blocks=(2, 2)).double(), (blind_spot - 1) // 2
+    net, radius = LGBPN(width=16, blind_spot=blind_spot, blocks=(2, 2)).double(), (blind_spot - 1) // 2
     y = torch.rand(1, 1, h, w, dtype=torch.double, requires_grad=True)
     out = net(y)
     rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
@@ -125,7 +125,7 @@ def test_lgbpn_is_exactly_blind(h, w, blind_spot):
         (gradient,) = torch.autograd.grad(out[0, 0, i, j], y, retain_graph=True)
         distance = (rows - i).abs() + (columns - j).abs()
         assert (gradient[0, 0][distance <= radius] == 0).all()
-        assert (gradient[0, 0][distance == radius + 1] != 0).any()
+        assert (gradient[0, 0][(distance > radius) & (distance < radius + 3)] != 0).any()
         assert (gradient[0, 0][distance > radius + 8] != 0).sum() > 10
 
 

@@ -68,7 +68,7 @@ def test_small_scale_runs_and_resumes(tmp_path):
         noisy, *others = (x + 0.03 * rng.standard_normal(x.shape) for _ in range(3))
         for key, values in (("noisy", noisy), ("mean3", (noisy + sum(others)) / 3)):
             file[key] = (255 * values.clip(0, 1)).astype(np.uint8)
-    flags = ["--table", "3", "--data", ".", "--budget", "0.2"]
+    flags = ["--table", "3", "--work", tmp_path / "work", "--data", ".", "--budget", "0.2"]
     ok("reproduce", *flags, cwd=tmp_path)
     path = tmp_path / "reproduced/m4raw-s0.json"
     first = json.loads(path.read_text())
@@ -103,13 +103,14 @@ def made_up(kind, correlation, seed=0, **psnr):
         for name, v in psnr.items()
     }  # fmt: skip
     noise = dict(kind=kind, correlation=correlation)
-    return dict(dataset="head", noise=noise, seed=seed, scale="small", budget=75, commit="abc", methods=methods)
+    return dict(dataset="head", noise=noise, seed=seed, scale="small", budget=75, methods=methods)
 
 
 def test_bold_where_the_test_says_so():
     """The best self-supervised row is bold if it wins slice by slice, not if it wins on average alone."""
     base = np.linspace(30, 34, 12)
-    rows = dict(noisy=base, supervised=base + 9, nlm=base + 1, puca=base + 2, nei2nei=base + 2.5)
+    rows = {m: base - k for k, m in enumerate(reproduce.METHODS[1])} | dict(noisy=base, supervised=base + 9)
+    rows |= dict(puca=base + 2, nei2nei=base + 2.5)
     clear = reproduce_report.markdown(1, [reproduce_report.Column([made_up("gaussian", 0, **rows)])])
     assert "| Neighbor2Neighbor | **34.50**/**0.690** |" in clear and "| Supervised | 41.00/0.820 |" in clear
     rows["nei2nei"] = base + 2 + np.tile([1, -0.9], 6)
@@ -118,10 +119,11 @@ def test_bold_where_the_test_says_so():
 
 
 def test_claims():
-    """A difference in the direction that the paper claims confirms it, in the other refutes it."""
-    x = np.full(6, 30.0)
+    """A difference that the images agree on confirms or refutes a claim; one that they do not is neither."""
+    x, mixed = np.linspace(30, 31, 8), np.tile([1.0, -0.9], 4)
+    rows = dict(nlm=x, single=x, srds=x + 2, single25=x, srds25=x + mixed)
     runs = [
-        made_up("gaussian", c, seed, single=x, srds=x + 2, **{"kd-single": x + (1 if c else -1)}, paper=x + 1.5)
+        made_up("gaussian", c, seed, **rows, **{"kd-single": x + (1 if c else -1)}, paper=x + 1.5)
         for c in (0, 0.5)
         for seed in (0, 1)
     ]
@@ -129,12 +131,33 @@ def test_claims():
         assert len(column.runs) == 2
     lines = "\n".join(reproduce_report.claims({5: cols}))
     assert "| SRDS gains over one sample | +2.39, +1.85, +3.45 | +2.00, +2.00 | confirmed |" in lines
+    assert "| the same with 25 steps |  | +0.05, +0.05 | 0 for, 0 against, of 2 |" in lines
     assert "| distillation gains over SRDS | +0.15, +0.26, +0.36 | -0.50, -0.50 | refuted |" in lines
-    assert "| without SRDS distillation makes it worse | -0.33, -0.98, -0.89 | -1.00, +1.00 | 1 of 2 |" in lines
+    assert "| without SRDS distillation loses | -0.33, -0.98, -0.89 | -1.00, +1.00 | 1 for, 1 against, of 2 |" in lines
+
+
+def test_partial_cells_claim_nothing():
+    """Where a rival has not run yet, nothing is bold and no claim about the best is made; other budgets do not mix."""
+    base = np.linspace(30, 34, 12)
+    run = made_up("gaussian", 0, noisy=base, supervised=base + 9, nlm=base + 1, puca=base + 2, paper=base + 3)
+    cols = reproduce_report.columns([run], 1)
+    assert "**" not in "\n".join(reproduce_report.markdown(1, cols))
+    lines = "\n".join(reproduce_report.claims({1: cols}))
+    assert "PSNR about 4 dB above noisy" in lines and "highest SSIM" not in lines
+    assert reproduce_report.columns([run], 4) == []
+
+
+def test_of_several_processes_one_has_the_cell(tmp_path):
+    with reproduce.alone(tmp_path / "lock", wait=False) as mine:
+        with reproduce.alone(tmp_path / "lock", wait=False) as also:
+            assert mine and not also
+    with reproduce.alone(tmp_path / "lock") as mine:
+        assert mine
 
 
 def test_wrong_use_is_refused(tmp_path):
-    assert run("reproduce", "--table", "none", cwd=tmp_path).returncode == 2
+    done = run("reproduce", "--table", "none", cwd=tmp_path)
+    assert done.returncode == 2 and "reproduced holds no cell" in done.stderr
     done = run("reproduce", "--budget", "0", cwd=tmp_path)
     assert done.returncode == 2 and "--budget 0 is not positive" in done.stderr
     done = run("reproduce", "--scale", "paper", "--data", "nowhere", cwd=tmp_path)
