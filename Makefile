@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint notebooks notebooks-short clean
 
 demo: $(VENV)/run.done
 	$(BIN)/python denoise.py --demo
@@ -13,6 +13,13 @@ test: $(VENV)/dev.done
 
 lint: $(VENV)/dev.done
 	$(BIN)/ruff check .
+
+notebooks: $(VENV)/run.done
+	$(BIN)/python notebooks/run.py
+
+notebooks-short: $(VENV)/run.done
+	$(BIN)/python notebooks/run.py --check
+	$(BIN)/python notebooks/run.py --short --jobs 2
 
 $(VENV)/%.done:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.x")'
@@ -24,4 +31,4 @@ $(VENV)/run.done: requirements.txt
 $(VENV)/dev.done: requirements-dev.txt requirements.txt
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo notebooks/work

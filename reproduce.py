@@ -8,7 +8,7 @@
     python reproduce.py --table 1 --scale paper --data /data --out results/paper          # a GPU, days
 
 What OUT holds is not made again, and an interrupted run goes on where it was; --work keeps the image sets and the files
-in between. The same command may run several times at once: each run takes cells that no other has. On a processor, start
+in between. The same command may run several times at once: each takes cells that no other has. On a processor, start
 one for each core with OMP_NUM_THREADS=1.
 
 Budgets. `--scale small`: every learned method trains for the same time, --budget seconds of one processor core (75) by

@@ -204,7 +204,7 @@ def claims(tables):
     def gaps(table, method, others, measure="psnr"):
         """[(difference from the best of the others, p that it is positive, p that it is negative)] of whole columns."""
         found, others = [], [others] if isinstance(others, str) else others
-        others = [m for m in others if m in reproduce.METHODS[table]]
+        others = [m for m in others if m in ("noisy", *reproduce.METHODS[table])]
         for col in tables.get(table, []):
             if col.has(method, *others):
                 other = max(others, key=lambda m: col.mean(m, measure))
