@@ -147,8 +147,8 @@ class Cell(denoise.Recipe):
         self.shares = {bsn: 1 / 3, diffusion: 1 / 3, distill: 1 / 3}
         self.cost = {bsn: "puca", diffusion: "diffusion", distill: "student"}
         self.noisy()
-        if method not in ("nlm", *bsn.NETWORKS) and not method.startswith(("paper", "ours", "single", "srds", "kd")):
-            self.used = []  # nobody measured the noise for it
+        asks = method in ("nlm", *bsn.NETWORKS) or method.startswith(("paper", "ours", "single", "srds", "kd"))
+        self.used = [self.model_of_noise] if asks else []  # whether it stands on the measured noise
         if method == "nlm":
             known = ["--noise", self.path(self.model_of_noise)]
             self.stage(baselines.main, "nlm_out.h5", *self.data, *known, "--split", "test")
