@@ -31,4 +31,4 @@ $(VENV)/run.done: requirements.txt
 $(VENV)/dev.done: requirements-dev.txt requirements.txt
 
 clean:
-	rm -rf $(VENV) demo notebooks/work
+	rm -rf $(VENV) demo notebooks/work .notebooks-*
