@@ -23,9 +23,9 @@ Methods:
     nlm-calibrated tv wavelet    strength by J-invariance; needs no training
     supervised                   distill.py --target clean
     noise2self nei2nei           baselines.py
-    lgbpn puca                   bsn.py, with the blind spot that noise.py measures
-    paper, paper-2, paper-3      the paper's recipe, after so many rounds; -2 starts from what -1 denoised
-    ours, ours-2, ours-3         the same of recorruption: denoise.py --recipe recorrupted
+    lgbpn puca                   bsn.py; they are told the blind spot: 1, 5 or 9 (Sec. 4.2)
+    paper, paper-2, paper-3      the paper's recipe, told the same; a round starts from what the last one denoised
+    ours, ours-2, ours-3         recorruption, blind spot and noise measured: denoise.py --recipe recorrupted
     single srds kd-single        one sample, the SRDS mean, the student of one sample (that of the mean is `paper`)
     single25 srds25              the first two with 25 steps
 """
@@ -130,16 +130,23 @@ class Cell(denoise.Recipe):
             self.stage(noise.main, "noisy.h5", "add", *flags)
         self.model_of_noise = "noise_first.json"
         self.stage(noise.main, self.model_of_noise, "measure", *self.data)
-        self.spot = json.loads((self.folder / self.model_of_noise).read_text())["blind_spot"]
+        self.measured_spot = json.loads((self.folder / self.model_of_noise).read_text())["blind_spot"]
+        self.spot = {0: 1, 0.5: 5, 1.2: 9}[self.correlation] if self.kind else self.measured_spot  # Sec. 4.2
 
     def blind_spot(self, arch, out, model, *flags):
         self.cost[bsn] = arch
         return self.train(bsn, out, model, "--arch", arch, "--blind-spot", self.spot, *flags)
 
-    def blind_spot_network(self):
-        """The recipes' condition: at the paper's scale PUCA for white and LG-BPN for correlated noise (Sec. 4.2)."""
-        arch = "lgbpn" if self.scale == "paper" and self.correlation else "puca"
-        return self.blind_spot(arch, "bsn_out.h5", "bsn.pt")
+    def blind_spot_network(self, ours=False):
+        """The recipes' condition: at the paper's scale PUCA for white and LG-BPN for correlated noise (Sec. 4.2).
+
+        Ours has the blind spot that was measured; all others are told.
+        """
+        arch, told = "lgbpn" if self.scale == "paper" and self.correlation else "puca", self.spot
+        if ours:
+            self.spot = self.measured_spot
+        name = "bsn" if self.spot == told else "bsn_measured"
+        return self.blind_spot(arch, f"{name}_out.h5", f"{name}.pt")
 
     def make(self, method):
         """Runs a method; returns the name of its prediction file."""
@@ -147,7 +154,7 @@ class Cell(denoise.Recipe):
         self.shares = {bsn: 1 / 3, diffusion: 1 / 3, distill: 1 / 3}
         self.cost = {bsn: "puca", diffusion: "diffusion", distill: "student"}
         self.noisy()
-        asks = method in ("nlm", *bsn.NETWORKS) or method.startswith(("paper", "ours", "single", "srds", "kd"))
+        asks = method == "nlm" or method.startswith("ours") or not self.kind
         self.used = [self.model_of_noise] if asks else []  # whether it stands on the measured noise
         if method == "nlm":
             known = ["--noise", self.path(self.model_of_noise)]
@@ -166,8 +173,8 @@ class Cell(denoise.Recipe):
             self.shares[distill] = 1
             flags = ["--target", "clean", "--split", "test"]
             return self.train(distill, "supervised_out.h5", "supervised.pt", *flags)
-        estimate = self.blind_spot_network()
         kind, _, rounds = method.partition("-")
+        estimate = self.blind_spot_network(kind == "ours")
         if kind == "ours":
             self.shares[distill], self.cost[distill] = 2 / 3, "recorrupted"
             return self.recorrupted(estimate, int(rounds or 1))[0]
