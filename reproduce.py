@@ -4,7 +4,7 @@
     Out   OUT/<dataset>-<kind>[-<correlation>]-s<seed>.json    a cell: PSNR, SSIM, leak, seconds, flags of each method
           OUT/tables.md, figure3.png, figure4.png              of all cells that are there (reproduce_report.py)
 
-    python reproduce.py --table all --scale small --data sets/ --out results/reproduce    # 3 hours on one core
+    python reproduce.py --table all --scale small --data sets/ --out results/reproduce    # 2 hours on one core
     python reproduce.py --table 1 --scale paper --data /data --out results/paper          # a GPU, days
 
 What OUT holds is not made again, and an interrupted run goes on where it was; --work keeps the image sets and the files
