@@ -204,10 +204,8 @@ def most_detail(x, side):
 
 def figure(dataset, preds, split, out):
     """One slice: clean and noisy, then each method; a zoom and the error on one signed scale below. Writes a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # without pyplot: in a notebook that would turn off its figures
+    from matplotlib.patches import Rectangle
 
     clean, noisy = data.read_volumes(dataset, "clean", split), data.read_volumes(dataset, "noisy", split)
     name = next(iter(clean))
@@ -218,13 +216,12 @@ def figure(dataset, preds, split, out):
     low, high, scale = float(x.min()), float(x.max()), 3 * float(np.std(y - x))
     side = min(64, *(n // 2 for n in x.shape))
     top, left = most_detail(x, side)
-    fig, axes = plt.subplots(
-        3, len(images), figsize=(2.3 * len(images), 8), dpi=80, layout="constrained", squeeze=False
-    )
+    fig = Figure(figsize=(2.3 * len(images), 8), dpi=80, layout="constrained")
+    axes = fig.subplots(3, len(images), squeeze=False)
     for column, (title, image) in zip(axes.T, images.items()):
         score = "" if title == "clean" else "\n{:.2f} dB / {:.3f}".format(*psnr_ssim(image, x))
         column[0].imshow(image, cmap="gray", vmin=low, vmax=high)
-        column[0].add_patch(plt.Rectangle((left, top), side, side, fill=False, edgecolor="tab:orange"))
+        column[0].add_patch(Rectangle((left, top), side, side, fill=False, edgecolor="tab:orange"))
         column[0].set_title(textwrap.fill(title, 26) + score, fontsize=8)
         column[1].imshow(image[top : top + side, left : left + side], cmap="gray", vmin=low, vmax=high)
         shown = column[2].imshow(image - x, cmap="RdBu_r", vmin=-scale, vmax=scale)
@@ -236,7 +233,6 @@ def figure(dataset, preds, split, out):
     fig.suptitle(f"{name}, slice {s}; PSNR / SSIM", fontsize=9)
     with runtime.whole(out) as temporary:
         fig.savefig(temporary, format="png")
-    plt.close(fig)
 
 
 def main(argv=None):

@@ -2,13 +2,11 @@
 
 import io
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
 import PIL.Image
 import torch
+from matplotlib.figure import Figure  # without pyplot, which would take over the figures of whoever imports this
+from matplotlib.patches import Rectangle
 
 import data
 import diffusion
@@ -22,7 +20,6 @@ def save(fig, path):
     with runtime.whole(path) as temporary, io.BytesIO() as full:
         fig.savefig(full, format="png")
         PIL.Image.open(full).convert("RGB").quantize(256).save(temporary, format="png", optimize=True)
-    plt.close(fig)
     return path
 
 
@@ -30,10 +27,8 @@ def figure3(out, work, cells, names):
     """Figure 3: for each cell the clean image, and of every method a zoom and the difference from the clean one."""
     shown = ["noisy", "nlm", "nei2nei", "lgbpn", "puca", "paper", "ours", "supervised"]
     files = {"paper": "paper_out.h5", "ours": "recorrupted_out.h5"}
-    fig, axes = plt.subplots(
-        2 * len(cells), 1 + len(shown), figsize=(1.45 * (1 + len(shown)), 3.15 * len(cells)), dpi=80,
-        layout="constrained", squeeze=False,
-    )  # fmt: skip
+    fig = Figure(figsize=(1.45 * (1 + len(shown)), 3.15 * len(cells)), dpi=80, layout="constrained")
+    axes = fig.subplots(2 * len(cells), 1 + len(shown), squeeze=False)
     for row, cell in enumerate(cells):
         dataset = str(work / cell / "noisy.h5")
         clean = data.read_volumes(dataset, "clean", "test")
@@ -45,7 +40,7 @@ def figure3(out, work, cells, names):
         window = np.s_[top : top + side, left : left + side]
         look = dict(cmap="gray", vmin=float(x.min()), vmax=float(x.max()))
         axes[2 * row, 0].imshow(x, **look)
-        axes[2 * row, 0].add_patch(plt.Rectangle((left, top), side, side, fill=False, edgecolor="tab:orange"))
+        axes[2 * row, 0].add_patch(Rectangle((left, top), side, side, fill=False, edgecolor="tab:orange"))
         axes[2 * row, 0].set_title(f"{cell}\nclean", fontsize=7)
         axes[2 * row + 1, 0].imshow(x[window], **look)
         for column, method in enumerate(shown, 1):
@@ -87,7 +82,7 @@ def figure4(out, work, cells, names=None, draws=50, steps=25):
         pairs.append(image(mean))
     doubles = [(a + b) / 2 for a, b in zip(singles, [*singles[1:], singles[0]])]
     score = lambda images: [evaluate.psnr_ssim(image, x)[0] for image in images]  # noqa: E731
-    fig = plt.figure(figsize=(9, 6), dpi=80, layout="constrained")
+    fig = Figure(figsize=(9, 6), dpi=80, layout="constrained")
     above, below = fig.subfigures(2, 1, height_ratios=(1, 1.1))
     side = min(96, *(n // 2 for n in x.shape))
     top, left = evaluate.most_detail(x, side)
