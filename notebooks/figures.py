@@ -8,16 +8,18 @@ import numpy as np
 
 import evaluate
 
-plt.rcParams.update({
-    "figure.dpi": 80,
-    "figure.constrained_layout.use": True,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "image.cmap": "gray",
-    "image.interpolation": "nearest",
-})
+plt.rcParams.update(
+    {
+        "figure.dpi": 80,
+        "figure.constrained_layout.use": True,
+        "font.size": 9,
+        "axes.titlesize": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "image.cmap": "gray",
+        "image.interpolation": "nearest",
+    }
+)
 
 
 def panels(images, clean, zoom=None, errors=True, scale=None, width=2.2):
@@ -32,10 +34,14 @@ def panels(images, clean, zoom=None, errors=True, scale=None, width=2.2):
     height, columns = width * clean.shape[0] / clean.shape[1], len(images)
     heights = [width if row == "zoom" else height for row in rows]
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(columns * width, sum(heights) + 0.5), squeeze=False, height_ratios=heights
+        len(rows),
+        columns,
+        figsize=(columns * width + 0.9 * errors, sum(heights) + 0.5),
+        squeeze=False,
+        height_ratios=heights,
     )
     for column, (title, image) in zip(axes.T, images.items()):
-        score = "" if image is clean else "\n{:.2f} dB / {:.3f}".format(*evaluate.psnr_ssim(image, clean))
+        score = "" if np.array_equal(image, clean) else "\n{:.2f} dB / {:.3f}".format(*evaluate.psnr_ssim(image, clean))
         column[0].set_title(title + score)
         for row, ax in zip(rows, column):
             ax.set(xticks=[], yticks=[])
