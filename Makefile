@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint notebooks notebooks-short clean
 
 demo: $(VENV)/run.done
-	$(BIN)/python denoise.py --demo
+	$(BIN)/python -m experiments.demo
 
 test: $(VENV)/dev.done
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations=5 -n auto

@@ -1,4 +1,4 @@
-"""Volumes between the stages: one HDF5 schema for every file, splits, random crops, and `import` from image files.
+"""The files between the stages: one HDF5 schema, splits, crops, tiles; `import` from image files, `show`.
 
     /volumes/<name>        attrs: split (train|val|test), scale, offset, source, fingerprint
         noisy (S,H,W) f4   what the scanner gave, mapped linearly to about [0,1], never clipped
@@ -8,8 +8,8 @@
         hidden (S,4,H,W) f4   optional: see bsn.py --hidden
     file attrs             format, version, kind (dataset|prediction), stage, args, seed, inputs, noise
 
-original intensity = value * scale + offset. The fingerprint is a hash of a volume's noisy values; a prediction carries
-that of the volume it was made from, and whoever uses the two together checks it.
+original intensity = value * scale + offset. The fingerprint is a hash of a volume's noisy values. A prediction carries
+the fingerprint of the volume that it was made from, and every stage that uses the two together checks it.
 
     python data.py import --source brain --out clean.h5
     python data.py import scans/ more/head.nii.gz --out knee.h5 --split 0.8,0.1,0.1
@@ -28,8 +28,7 @@ import h5py
 import numpy as np
 import torch
 
-import formats
-import runtime
+from lib import files, runtime
 
 FORMAT, VERSION = "diffdenoise", 1
 SPLITS = ("train", "val", "test")
@@ -42,20 +41,13 @@ TO_PREDICT = 64 << 20  # the same where every slice is read once
 # the file contract
 # ---------------------------------------------------------------------------------------------------------------
 class Streamed:
-    """An (S,H,W) dataset left on disk: reads, and checks, only what is asked for."""
+    """An (S,H,W) dataset left on disk: reads, and checks, only what is asked for. title: how errors name it."""
 
-    def __init__(self, dataset, where):
-        self.dataset, self.where, self.shape, self.dtype = dataset, where, dataset.shape, dataset.dtype
+    def __init__(self, dataset, title):
+        self.dataset, self.title, self.shape, self.dtype = dataset, title, dataset.shape, dataset.dtype
 
     def __getitem__(self, index):
-        return finite(self.dataset[index], self.where)
-
-
-def finite(array, where):
-    bad = array.size - np.count_nonzero(np.isfinite(array))
-    if bad:
-        raise ValueError(f"{where} holds {bad} values that are NaN or infinite")
-    return array
+        return files.check_finite(self.dataset[index], self.title)
 
 
 def split_of(group):
@@ -92,15 +84,15 @@ def read_volumes(path, key="noisy", split=None, memory=IN_MEMORY, names=None):
     for name, group in file["volumes"].items():
         if split not in (None, "all", split_of(group)) or names is not None and name not in names:
             continue
-        where = f"{path}: volume {name!r}"
+        title = f"{path}: volume {name!r}"
         if key not in group:
-            raise ValueError(f"{where} has no {key!r}, only {sorted(group) or 'nothing'}")
+            raise ValueError(f"{title} has no {key!r}, only {sorted(group) or 'nothing'}")
         array = group[key]
         if array.ndim != 3 + (key == "hidden") or 0 in array.shape or array.dtype.kind not in "uif":
-            raise ValueError(f"{where}: {key!r} is {array.dtype} of shape {array.shape}, not (slices, height, width)")
+            raise ValueError(f"{title}: {key!r} is {array.dtype} of shape {array.shape}, not (slices, height, width)")
         if key == "noisy" and min(array.shape[1:]) < 16:
-            raise ValueError(f"{where}: slices of {array.shape[1]}x{array.shape[2]} pixels are smaller than 16x16")
-        found[name] = Streamed(array, f"{where}: {key!r}")
+            raise ValueError(f"{title}: slices of {array.shape[1]}x{array.shape[2]} pixels are smaller than 16x16")
+        found[name] = Streamed(array, f"{title}: {key!r}")
     if not found:
         raise ValueError(f"{path} has no volume of split {split!r}")
     if sum(4 * np.prod(a.shape, dtype=float) for a in found.values()) > memory:
@@ -188,22 +180,14 @@ def write_volumes(path, kind, stage, args=None, like=None, noise=None):
         if known.get("kind") != "prediction":
             inputs = {Path(like).name: hashlib.blake2b("".join(marks.values()).encode(), digest_size=8).hexdigest()}
     claimed = ROOM
-    with runtime.whole(path) as temporary:
+    with runtime.atomic_write(path) as temporary:
         with h5py.File(temporary, "w") as file:
             runtime.reserve(temporary, claimed)
-            flags = {
-                k: v if isinstance(v, (int, float, bool, list, type(None))) else str(v) for k, v in (args or {}).items()
-            }
-            file.attrs.update(
-                format=FORMAT,
-                version=VERSION,
-                kind=kind,
-                stage=stage,
-                seed=int(flags.get("seed") or 0),
-                args=json.dumps(flags),
-                inputs=json.dumps(inputs),
-                noise=json.dumps(noise or known.get("noise", {})),
-            )
+            plain = (int, float, bool, list, type(None))
+            flags = {k: v if isinstance(v, plain) else str(v) for k, v in (args or {}).items()}
+            file.attrs.update(format=FORMAT, version=VERSION, kind=kind, stage=stage)
+            file.attrs.update(seed=int(flags.get("seed") or 0), args=json.dumps(flags), inputs=json.dumps(inputs))
+            file.attrs["noise"] = json.dumps(noise or known.get("noise", {}))
             group_of_all = file.create_group("volumes")
 
             def add(name, shape, keys, **attrs):
@@ -215,9 +199,9 @@ def write_volumes(path, kind, stage, args=None, like=None, noise=None):
                 out = []
                 for key in keys:
                     key, channels = (key, ()) if isinstance(key, str) else (key[0], key[1:])
-                    sizes, parts = (shape[0], *channels, *shape[1:]), (1, *(1 for _ in channels), *chunks[1:])
-                    claimed += 4 * int(np.prod([-(-n // c) * c + 1 for n, c in zip(sizes, parts)], dtype=float))
-                    out.append(group.create_dataset(key, sizes, np.float32, chunks=parts))
+                    sizes, pieces = (shape[0], *channels, *shape[1:]), (1, *(1 for _ in channels), *chunks[1:])
+                    claimed += 4 * int(np.prod([-(-n // c) * c + 1 for n, c in zip(sizes, pieces)], dtype=float))
+                    out.append(group.create_dataset(key, sizes, np.float32, chunks=pieces))
                 runtime.reserve(temporary, claimed)
                 return out
 
@@ -235,10 +219,8 @@ def check_crop(volumes, size):
     for name, array in volumes.items():
         if min(array.shape[1:]) < size:
             h, w = array.shape[1:]
-            raise ValueError(
-                f"volume {name!r} has slices of {h}x{w} pixels, smaller than --crop {size}; "
-                f"use --crop {min(h, w)} or less"
-            )
+            small = f"volume {name!r} has slices of {h}x{w} pixels, smaller than --crop {size}"
+            raise ValueError(f"{small}; use --crop {min(h, w)} or less")
 
 
 def random_crops(stacks, batch, size, rng, rank=0, world=1):
@@ -249,8 +231,7 @@ def random_crops(stacks, batch, size, rng, rank=0, world=1):
         size: pixels. rng: numpy Generator. rank, world: take only every world-th crop of the batch.
     Returns a list of float32 tensors (batch / world, 1, size, size). Every slice is equally likely.
 
-    All indices are drawn at once; the pixels are copied once, from views: 0.08 ms for 8 crops of 96x96, where a gather
-    by index arrays takes 1 ms. It serves arrays on disk as well.
+    All indices are drawn at once; the pixels are copied once, from views, which serves arrays on disk as well.
     """
     names = list(stacks[0])
     ends = np.cumsum([stacks[0][name].shape[0] for name in names])
@@ -283,9 +264,9 @@ def rms_difference(a, b):
 def tiled(function, y, side, overlap=160):
     """function(y) of y (B,C,H,W), in overlapping tiles of at most side x side pixels, for images too large for one.
 
-    A quarter of the overlap at each edge of a tile, where it misses its surroundings, is dropped; across the middle
-    half one tile fades into the next. Tiles begin at multiples of side - overlap, which the network's resolutions must
-    divide. function: (B,C,h,w) to (B,n,h,w).
+    function: (B,C,h,w) to (B,n,h,w). At each edge of a tile, which misses its surroundings, a quarter of the overlap is
+    dropped; across the middle half one tile fades into the next. Tiles begin at multiples of side - overlap: choose
+    them so that the network's lowest resolution divides these.
     """
     h, w = y.shape[-2:]
     if max(h, w) <= side:
@@ -313,11 +294,11 @@ def fades(n, side, overlap):
 
 
 def write_predictions(args, stage, like, volumes, predict, keys=("pred",), attrs=None, batch=4):
-    """Writes what `predict` makes of every slice of `volumes` {name: (S,H,W)} to args.out, made from the file `like`.
+    """Writes to args.out what `predict` makes of every slice of `volumes` {name: (S,H,W)}, read from the file `like`.
 
-    predict: callable (x (b,1,H,W) float32 on the CPU, volume name, rows: slice of slice numbers) to (b,n,H,W): an image
-    for each of `keys` in order, all that is left for a last key (name, n). attrs: what to note of each volume. Several
-    processes share the batches; rank 0 writes.
+    predict: callable (x (b,1,H,W) float32 on the CPU, volume name, rows: slice of slice numbers) to (b,n,H,W): one
+    image for each of `keys`; a last key (name, n) takes n images. attrs: attributes for each volume. Several processes
+    share the batches; rank 0 writes.
     """
 
     def work(item):
@@ -330,7 +311,7 @@ def write_predictions(args, stage, like, volumes, predict, keys=("pred",), attrs
         for name, volume in volumes.items()
         for s in range(0, volume.shape[0], batch)
     ]
-    results = runtime.shared(work, items, stage)
+    results = runtime.map_over_ranks(work, items, stage)
     if runtime.processes()[0]:
         collections.deque(results, 0)
         return
@@ -341,6 +322,76 @@ def write_predictions(args, stage, like, volumes, predict, keys=("pred",), attrs
             for k, array in enumerate(arrays):
                 array[rows] = out[:, k] if array.ndim == 3 else out[:, k:]
     print(f"{stage}: {len(volumes)} volumes -> {args.out}", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# image files to datasets
+# ---------------------------------------------------------------------------------------------------------------
+def split_shares(split):
+    """(train, val, test) shares of --split: a name, or three numbers that sum to 1. Raises ValueError."""
+    if split in SPLITS:
+        return [float(split == s) for s in SPLITS]
+    try:
+        shares = [float(s) for s in split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f"--split {split}: give train, val, test, or three shares that sum to 1, such as 0.8,0.1,0.1")
+    return shares
+
+
+def held_out(count, shares):
+    """How many of `count` things are for val and test: at least one each, unless there are fewer than three in all."""
+    return [max(1, round(count * share)) if share and (count >= 3 or share == 1) else 0 for share in shares[1:]]
+
+
+def blocks(count, shares):
+    """Splits `count` consecutive slices into contiguous blocks: [(split, first, end)], val and test in the middle.
+
+    The middle of a volume is the most like the rest of it; its ends often hold little but background.
+    """
+    val, test = held_out(count, shares)
+    test = test if shares[0] else count - val
+    first = (count - val - test) // 2 if val + test else 0
+    edges = [("train", 0, first), ("val", first, first + val), ("test", first + val, first + val + test)]
+    return [b for b in [*edges, ("train", first + val + test, count)] if b[1] < b[2]]
+
+
+def write_dataset(path, volumes, shares, args, patch=None):
+    """Writes formats.Volumes as a dataset file, each mapped to [0,1] by its own minimum and maximum.
+
+    Whole volumes go to the splits where there are ten or more, or too few slices to divide; else blocks of slices. Once
+    there are ten, one volume at a time is in memory. patch: cut slices into patches of this side, pixels.
+    Raises ValueError if there is no volume.
+    """
+    few = list(itertools.islice(volumes, 10))
+    if not few:
+        raise ValueError("no image that can be trained on: damaged, constant, or smaller than 16x16")
+    entire = len(few) == 10 or min(len(v.slices) for v in few) < 10
+    names, groups = set(), []
+    with write_volumes(path, "dataset", "import", args) as add:
+        for volume in itertools.chain(few, volumes):
+            name, number = volume.name.replace("/", "_"), 2
+            while name in names:
+                name, number = f"{volume.name}-{number}", number + 1
+            names.add(name)
+            values, scale, offset = files.normalize(volume)
+            arrays = dict(noisy=values)
+            if volume.clean is not None:
+                arrays["clean"] = ((volume.clean - offset) / scale).astype(np.float32)
+            for split, first, end in [("train", 0, len(values))] if entire else blocks(len(values), shares):
+                block = name if entire or end - first == len(values) else f"{name}_{first:03d}-{end - 1:03d}"
+                stacks = [files.patches(a[first:end], patch) for a in arrays.values()]
+                attrs = dict(split=split, scale=scale, offset=offset, source=volume.source)
+                written = add(block, stacks[0].shape, list(arrays), **attrs, fingerprint=fingerprint(stacks[0]))
+                for array, stack in zip(written, stacks):
+                    array[:] = stack
+                groups.append(written[0].parent)
+        if entire:  # only now is it known how many there are
+            val, test = held_out(len(groups), shares)
+            counts = (len(groups) - val - test, val, test)
+            for group, split in zip(groups, [s for s, n in zip(SPLITS, counts) for _ in range(n)]):
+                group.attrs["split"] = split
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -356,40 +407,38 @@ def show(args):
             print(f"{name}: {arrays}, split {volumes[name].get('split')}, source {volumes[name].get('source')}")
 
 
-def main(argv=None):
-    import imports  # it stands on this file
+def import_images(args):
+    """Reads image files and writes them as a dataset; what cannot be read is named in a line and left out."""
+    shares = split_shares(args.split)
+    options = args.key, args.acquisition, args.reference, args.source == "brain"
+    volumes, problems = files.read_sources(args.sources, *options)
+    for problem in problems:
+        print(f"left out: {problem}", flush=True)
+    write_dataset(args.out, volumes, shares, vars(args), args.patch)
 
+
+def main(argv=None):
     p = runtime.parser(__doc__)
-    commands = p.add_subparsers(required=True)
+    commands = p.add_subparsers(required=True, dest="command")
     q = commands.add_parser("import", help="image files to a dataset")
-    q.add_argument("sources", nargs="*", help=f"{formats.KINDS} files, or folders of them")
+    q.add_argument("sources", nargs="*", help=f"{files.KINDS} files, or folders of them")
     q.add_argument("--source", choices=["brain"], help="the built-in brain: MNI152 T1, axial slices")
     q.add_argument("--out", required=True, help="dataset to write (.h5)")
-    q.add_argument(
-        "--split",
-        default="0.8,0.1,0.1",
-        help="train, val or test for all; or three shares, by volume from 10 "
-        "volumes up, else by contiguous blocks of slices (default 0.8,0.1,0.1)",
-    )
+    shares = "train, val or test for all; or three shares, by volume from 10 volumes up, else by blocks of slices"
+    q.add_argument("--split", default="0.8,0.1,0.1", help=f"{shares} (default 0.8,0.1,0.1)")
     q.add_argument("--key", help="dataset in plain HDF5 files that hold more than one")
     q.add_argument("--acquisition", help="only HDF5 files (fastMRI, M4Raw) with this attribute, such as AXT2")
-    q.add_argument(
-        "--reference",
-        choices=["mean", "others"],
-        help="M4Raw: the mean of all repetitions (the paper), or of the others alone, as `clean`",
-    )
-    q.add_argument(
-        "--patch", type=runtime.positive, help="cut slices into whole patches of this side, pixels (the paper: 300)"
-    )
-    q.set_defaults(run=imports.import_images)
+    means = "the mean of all repetitions (the paper), or of the others alone, as `clean`"
+    q.add_argument("--reference", choices=["mean", "others"], help=f"M4Raw: {means}")
+    patch = "cut slices into whole patches of this side, pixels (the paper: 300)"
+    q.add_argument("--patch", type=runtime.positive, help=patch)
     q = commands.add_parser("show", help="what a file holds")
     q.add_argument("file")
-    q.set_defaults(run=show)
     args = p.parse_args(argv)
-    if args.run is imports.import_images:
-        runtime.check_outputs(args.sources, [args.out])
-    run = args.__dict__.pop("run")
-    return run(args)
+    if args.__dict__.pop("command") == "show":
+        return show(args)
+    runtime.check_outputs(args.sources, [args.out])
+    import_images(args)
 
 
 if __name__ == "__main__":

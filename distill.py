@@ -1,4 +1,4 @@
-"""Stage 5: the student (Sec. 3.6): a plain network from noisy to denoised image, the one that is shipped.
+"""Stage 4: the student (Sec. 3.6), a plain network from noisy to denoised image; it is what people run.
 
 It learns from any prediction (knowledge distillation) or, beyond the paper, from noisy images and a noise model alone:
 
@@ -8,7 +8,7 @@ It learns from any prediction (knowledge distillation) or, beyond the paper, fro
 
     In    knee.h5         volumes/<name>/noisy  (S,H,W) float32, about [0,1]
           srds_out.h5     volumes/<name>/pred   (S,H,W) float32; any prediction file made from knee.h5
-    Out   student.pt      checkpoint: weights, EMA, optimizer, step, model arguments
+    Out   student.pt      checkpoint: EMA weights, model arguments, noise model
           distill_out.h5  volumes/<name>/pred   (S,H,W) float32: the denoised images
 
     python distill.py --data knee.h5 --target srds_out.h5                      # trains student.pt, then predicts
@@ -16,7 +16,7 @@ It learns from any prediction (knowledge distillation) or, beyond the paper, fro
     python distill.py --data knee.h5 --target recorrupted --pred bsn_out.h5    # noise measured with the help of --pred
     python distill.py --data knee.h5 --target recorrupted --init student.pt --model refined.pt --out refined_out.h5
 
-Symbols: y the noisy image (the paper's x'), target the SRDS mean (Eq. 4). Networks, all deterministic:
+Symbols: y is the noisy image (the paper's x'), target the SRDS mean (Eq. 4). Networks, all deterministic:
 
     --arch nafnet    NAFNet (Chen et al. 2022), the paper's choice; `--preset paper` has its widths, depths, loss and
                      optimizer for SIDD, `--preset nafnet` is as small as `fast`. Its channel attention pools over the
@@ -74,13 +74,34 @@ class NAFBlock(nn.Module):
         return x + self.gamma * self.ffn_out(u * v)
 
 
+class DenseBlock(nn.Module):
+    """Two dense 3x3 convolutions and a skip; begins as the identity. (B,C,H,W) to (B,C,H,W).
+
+    On a CPU it gives more quality per second than depthwise convolutions with attention.
+    """
+
+    def __init__(self, width):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+        nn.init.zeros_(self.second.weight)
+        nn.init.zeros_(self.second.bias)
+
+    def forward(self, x):
+        return x + self.second(F.relu(self.first(x)))
+
+
+def stack(block, width, count):
+    """`count` blocks of that width, one after the other."""
+    return nn.Sequential(*(block(width) for _ in range(count)))
+
+
 class NAFNet(nn.Module):
     """U-Net of NAFBlocks with a global residual connection (Chen et al. 2022, Sec. 3).
 
     Args:
         channels: of the image. width: features at the first level, doubled at each next one.
         enc_blocks, middle_blocks, dec_blocks: blocks per level; each level halves the resolution.
-    Maps (B,C,H,W) to (B,C,H,W), any H and W >= 16.
+    Maps (B,C,H,W) to (B,C,H,W), any H and W >= 16. Raises ValueError if the ways down and up differ in levels.
     """
 
     block, patch = NAFBlock, 1  # patch x patch pixels become channels
@@ -90,13 +111,12 @@ class NAFNet(nn.Module):
         if len(enc_blocks) != len(dec_blocks):
             raise ValueError(f"enc_blocks {enc_blocks} and dec_blocks {dec_blocks} differ in their number of levels")
         widths = [width * 2**level for level in range(len(enc_blocks) + 1)]
-        stack = lambda w, n: nn.Sequential(*(self.block(w) for _ in range(n)))  # noqa: E731
         self.intro = nn.Conv2d(channels * self.patch**2, width, 3, padding=1)
-        self.encoders = nn.ModuleList(stack(w, n) for w, n in zip(widths, enc_blocks))
+        self.encoders = nn.ModuleList(stack(self.block, w, n) for w, n in zip(widths, enc_blocks))
         self.downs = nn.ModuleList(nn.Conv2d(w, 2 * w, 2, stride=2) for w in widths[:-1])
-        self.middle = stack(widths[-1], middle_blocks)
+        self.middle = stack(self.block, widths[-1], middle_blocks)
         self.ups = nn.ModuleList(nn.Conv2d(w, 2 * w, 1, bias=False) for w in widths[:0:-1])
-        self.decoders = nn.ModuleList(stack(w, n) for w, n in zip(widths[-2::-1], dec_blocks))
+        self.decoders = nn.ModuleList(stack(self.block, w, n) for w, n in zip(widths[-2::-1], dec_blocks))
         self.outro = nn.Conv2d(width, channels * self.patch**2, 3, padding=1)
 
     def pool_locally(self, crop):
@@ -123,23 +143,10 @@ class NAFNet(nn.Module):
         return y + F.pixel_shuffle(self.outro(x), self.patch)[..., :h, :w]
 
 
-class ResBlock(nn.Module):
-    """Two dense 3x3 convolutions; begins as the identity. (B,C,H,W) to (B,C,H,W)."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.first, self.second = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.second.weight)
-        nn.init.zeros_(self.second.bias)
-
-    def forward(self, x):
-        return x + self.second(F.relu(self.first(x)))
-
-
 class ResUNet(NAFNet):
-    """The same U shape of ResBlocks, on 2x2 pixels as channels; width: features at half resolution."""
+    """The same U shape of DenseBlocks, on 2x2 pixels as channels; width: features at half resolution."""
 
-    block, patch = ResBlock, 2
+    block, patch = DenseBlock, 2
 
 
 def mse_loss(x, target):
@@ -157,14 +164,14 @@ def recorruption_loss(network, y, z, strength=0.3):
 
     Args: y (B,C,H,W) noisy images; z like y: fresh noise of the same distribution as theirs; strength a.
 
-    Recorruption (Pang et al. 2021): the noises of y + a z and y - z / a are uncorrelated, so that learning the second
-    from the first is learning the clean image. Here each z is used with both signs, and what does not depend on the
-    network is left out:
+    Recorruption (Pang et al. 2021): the noises of y + a z and y - z / a are uncorrelated, so that a network that learns
+    the second from the first learns the clean image. Here each z is used with both signs, and what does not depend on
+    the network is left out:
 
         mean of |f(y + az) - y|^2 and |f(y - az) - y|^2, plus z * (f(y + az) - f(y - az)) / a
 
-    The large terms in 1/a cancel, so that a can be small and f sees nearly the noise that it will see in use; for a
-    to 0 this is Stein's unbiased risk estimate (SURE). Two evaluations of the network per image.
+    The large terms in 1/a cancel. So a can be small, and f sees nearly the noise that it will see in use; in the limit
+    of a = 0 this is Stein's unbiased risk estimate (SURE). It takes two evaluations of the network.
     """
     plus, minus = network(torch.cat([y + strength * z, y - strength * z])).float().chunk(2)
     correction = (z * (plus - minus)).mean() * (100 / strength)
@@ -179,142 +186,121 @@ import warnings
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
-from torch.optim.swa_utils import AveragedModel
 
 import data
+import measure
 import noise
-import runtime
+from lib import runtime, training
 
 LOSSES = {"mse": mse_loss, "psnr": psnr_loss}
 NETWORKS = {"nafnet": NAFNet, "resunet": ResUNet}
-FAST = dict(
-    arch="resunet",
-    width=32,
-    enc_blocks=[2, 2],
-    middle_blocks=2,
-    dec_blocks=[2, 2],
-    loss="mse",
-    strength=0.3,
-    beta2=0.99,
-    clip=1.0,
-    steps=5000,
-    batch=2,
-    crop=96,
-    lr=2e-3,
-    ema=0.995,
-)
-NAF = dict(arch="nafnet", width=16, enc_blocks=[1, 1, 2], middle_blocks=2, dec_blocks=[1, 1, 1], steps=1500, batch=4)
-PRESETS = {
-    "fast": FAST,
-    "nafnet": {**FAST, **NAF},
-    # NAFNet's SIDD settings (width 32): 200k steps, AdamW betas (0.9, 0.9), gradient norm at most 0.01.
-    "paper": dict(
-        arch="nafnet",
-        width=32,
-        enc_blocks=[2, 2, 4, 8],
-        middle_blocks=12,
-        dec_blocks=[2, 2, 2, 2],
-        loss="psnr",
-        strength=0.3,
-        beta2=0.9,
-        clip=0.01,
-        steps=200_000,
-        batch=32,
-        crop=256,
-        lr=1e-3,
-        ema=0.999,
-    ),
+PRESET_NAMES = ("fast", "nafnet", "paper")
+SETTINGS = {  # what it sets, its value in fast, in nafnet (as small as fast), in paper: NAFNet's for SIDD at width 32
+    "arch": ("network", "resunet", "nafnet", "nafnet"),
+    "width": ("features at the first level", 32, 16, 32),
+    "enc_blocks": ("blocks at each level on the way down", [2, 2], [1, 1, 2], [2, 2, 4, 8]),
+    "middle_blocks": ("blocks at the lowest level", 2, 2, 12),
+    "dec_blocks": ("blocks at each level on the way up, lowest first", [2, 2], [1, 1, 1], [2, 2, 2, 2]),
+    "loss": ("distance to a given target", "mse", "mse", "psnr"),
+    "strength": ("a of the recorruption", 0.3, 0.3, 0.3),
+    "steps": ("optimizer steps", 5000, 1500, 200_000),
+    "batch": ("crops per step, over all processes together", 2, 4, 32),
+    "crop": ("side of the square training crops, pixels", 96, 96, 256),
+    "lr": ("peak learning rate", 2e-3, 2e-3, 1e-3),
+    "beta2": ("AdamW's second decay", 0.99, 0.99, 0.9),  # fast: few steps, so a short memory
+    "clip": ("largest gradient norm", 1.0, 1.0, 0.01),
+    "ema": ("decay per step of the averaged weights", 0.995, 0.995, 0.999),
 }
+PRESETS = training.presets(PRESET_NAMES, SETTINGS)
+SHAPE = ("arch", "width", "enc_blocks", "middle_blocks", "dec_blocks")
 
 
-def network(arch="nafnet", **arguments):
-    """The network that a checkpoint's `model_args` describe."""
+def build_network(arch="nafnet", **arguments):
+    """The network that the `model_args` of a checkpoint describe."""
     return NETWORKS[arch](**arguments)
 
 
-def train(args, checkpoint=None):
-    """Trains noisy -> target on the train split; `clean` is opened only for --target clean. Writes args.model."""
-    where = runtime.device(args.device)
-    noisy = data.read_volumes(args.data, "noisy", "train")
-    inputs = dict(data=data.fingerprints(args.data))
-    stacks, model_of_noise = [noisy], None
-    if args.target == "recorrupted":
-        if checkpoint and not checkpoint["extra"].get("noise"):
-            raise ValueError(f"{args.model} was not trained by recorruption: it cannot resume so")
-        if not args.strength > 0:
-            raise ValueError(f"--strength {args.strength:g} is not positive")
-        model_of_noise = checkpoint["extra"]["noise"] if checkpoint else noise.given(args.noise, args.data, args.pred)
-        runtime.say(f"distill: {noise.summary(model_of_noise)}")
-        target = data.read_matching(args.pred, args.data, split="train") if args.pred else None
-    elif args.target == "clean":
+def read_training_set(args, noise_model):
+    """([{name: noisy}] or [{name: noisy}, {name: target or prediction}] of the train split, and their fingerprints).
+
+    `clean` is opened only for --target clean. With a noise model the second is --pred, if there is one.
+    """
+    noisy, inputs = data.read_volumes(args.data, "noisy", "train"), dict(data=data.fingerprints(args.data))
+    path = args.pred if noise_model else args.target
+    if not path:
+        return [noisy], inputs
+    if path == "clean":
         target = data.read_volumes(args.data, "clean", "train")
     else:
-        target = data.read_matching(args.target, args.data, split="train")
-    if target:
-        inputs["pred" if model_of_noise else "target"] = {n: data.fingerprint(x) for n, x in target.items()}
-        noisy = {name: noisy[name] for name in target}
-        stacks = [noisy, target]
-    data.check_crop(noisy, args.crop)
-    model_args = (
-        checkpoint["model_args"]
-        if checkpoint
-        else {k: getattr(args, k) for k in ("arch", "width", "enc_blocks", "middle_blocks", "dec_blocks")}
-    )
+        target = data.read_matching(path, args.data, split="train")
+    inputs["pred" if noise_model else "target"] = {name: data.fingerprint(x) for name, x in target.items()}
+    return [{name: noisy[name] for name in target}, target], inputs
+
+
+def load_noise_model(args, checkpoint):
+    """The noise model of --target recorrupted (that of the checkpoint, if there is one), or None for other targets."""
+    if args.target != "recorrupted":
+        return None
+    if checkpoint and not checkpoint["extra"].get("noise"):
+        raise ValueError(f"{args.model} was not trained by recorruption: it cannot resume so")
+    if not args.strength > 0:
+        raise ValueError(f"--strength {args.strength:g} is not positive")
+    if checkpoint:
+        return checkpoint["extra"]["noise"]
+    return measure.load_noise_model(args.noise, args.data, args.pred)
+
+
+def draw_noise(noise_model, y, prediction, rngs):
+    """Fresh noise (B,1,H,W) of the model for noisy crops y (B,1,H,W); rngs: a numpy Generator for each crop.
+
+    The intensities that it depends on are those of the prediction, or else of the smoothed noisy image.
+    """
+    means = gaussian_filter(y.numpy(), (0, 0, 1.5, 1.5)) if prediction is None else prediction.numpy()
+    drawn = [noise.sample(noise_model, mean, rng, crop) for mean, rng, crop in zip(means, rngs, y.numpy())]
+    return torch.from_numpy(np.stack(drawn))
+
+
+def train(args, checkpoint=None):
+    """Trains noisy -> target on the train split; writes args.model.
+
+    Raises ValueError for files that do not belong together, or a checkpoint that this run does not continue.
+    """
+    noise_model = load_noise_model(args, checkpoint)
+    if noise_model:
+        runtime.print_once(f"distill: {measure.summary(noise_model)}")
+    stacks, inputs = read_training_set(args, noise_model)
+    data.check_crop(stacks[0], args.crop)
     torch.manual_seed(args.seed)
-    model = network(**model_args)
-    if args.init and not checkpoint:
-        started, state = runtime.restore(network, args.init, "distill", "cpu")
-        model, model_args = started.train(), state["model_args"]
-    model = model.to(where, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, args.beta2), weight_decay=0, fused=True)
-    scheduler = runtime.warmup_cosine(optimizer, args.steps)
-    ema = AveragedModel(model, multi_avg_fn=runtime.ema_update(args.ema))
-    run = runtime.Training(
-        "distill",
-        args,
-        checkpoint,
-        model,
-        optimizer,
-        scheduler,
-        ema,
-        model_args,
-        dict(crop=args.crop, noise=model_of_noise),
-        inputs,
-    )
+    if checkpoint or not args.init:
+        model_args = checkpoint["model_args"] if checkpoint else {k: getattr(args, k) for k in SHAPE}
+        network = build_network(**model_args)
+    else:
+        network, start = training.load_network(build_network, args.init, "distill", "cpu")
+        network, model_args = network.train(), start["model_args"]
+    extra = dict(crop=args.crop, noise=noise_model)
+    run = training.Training("distill", args, checkpoint, network, model_args=model_args, extra=extra, inputs=inputs)
     for step in run.steps():
-        rng = runtime.step_rng(args.seed, step)
-        y, *more = data.random_crops(stacks, args.batch, args.crop, rng, run.rank, run.world)
-        if model_of_noise:  # intensities of the clean image: a prediction's, or else a smoothed noisy image's
-            means = more[0].numpy() if more else gaussian_filter(y.numpy(), (0, 0, 1.5, 1.5))
-            mine = range(run.rank, args.batch, run.world)
-            z = [
-                noise.sample(model_of_noise, m, runtime.step_rng(args.seed, step, 1, j), crop)
-                for j, m, crop in zip(mine, means, y.numpy())
-            ]
-            more = [torch.from_numpy(np.stack(z))]
-        y, x = (z.to(where, memory_format=torch.channels_last) for z in (y, *more))
-        optimizer.zero_grad(set_to_none=True)
-        with runtime.autocast(where, args.precision):
-            if model_of_noise:
-                loss = recorruption_loss(run.net, y, x, args.strength)
+        y, *more = data.random_crops(stacks, args.batch, args.crop, run.rng(step), run.rank, run.world)
+        if noise_model:
+            rngs = [run.rng(step, 1, j) for j in range(run.rank, args.batch, run.world)]
+            more = [draw_noise(noise_model, y, more[0] if more else None, rngs)]
+        y, target = run.to_device(y, *more)  # with a noise model the target is y itself, and this the noise z
+        with run.autocast():
+            if noise_model:
+                loss = recorruption_loss(run.net, y, target, args.strength)
             else:
-                loss = LOSSES[args.loss](run.net(y).float(), x)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        scheduler.step()
-        ema.update_parameters(model)
-        run.report(loss)
+                loss = LOSSES[args.loss](run.net(y).float(), target)
+        run.update(loss)
 
 
-def tiling(state, memory):
-    """(side, overlap) of tiles, pixels, multiples of 32: a network takes a third of `memory` bytes, if that is enough.
+def tiling(checkpoint, memory):
+    """(side, overlap) of tiles in pixels, multiples of 32, such that the network takes a third of `memory` bytes.
 
     The overlap is two training crops: NAFNet's attention has a window of 1.5 crops, and the features reach beyond.
     """
-    factor = {"nafnet": 50, "resunet": 10}[state["model_args"].get("arch", "nafnet")]  # measured, float32
-    bytes_per_pixel = factor * state["model_args"]["width"]
-    overlap = -(-2 * state["extra"]["crop"] // 32) * 32
+    factor = {"nafnet": 50, "resunet": 10}[checkpoint["model_args"].get("arch", "nafnet")]  # measured, float32
+    bytes_per_pixel = factor * checkpoint["model_args"]["width"]
+    overlap = -(-2 * checkpoint["extra"]["crop"] // 32) * 32
     return max(2 * overlap + 128, int((memory / 3 / bytes_per_pixel) ** 0.5) // 32 * 32), overlap
 
 
@@ -323,16 +309,16 @@ def student(path, device="auto", precision="auto", memory=2 << 30):
 
     Large images go through in tiles such that a run takes about `memory` bytes above what it started with.
     """
-    where = runtime.device(device)
-    model, state = runtime.restore(network, path, "distill", where)
-    if not isinstance(state.get("extra", {}).get("crop"), int):
+    device = runtime.pick_device(device)
+    network, checkpoint = training.load_network(build_network, path, "distill", device)
+    if not isinstance(checkpoint.get("extra", {}).get("crop"), int):
         raise ValueError(f"{path} does not say on what crops it was trained")
-    model.pool_locally(state["extra"]["crop"])
-    side, overlap = tiling(state, memory)
+    network.pool_locally(checkpoint["extra"]["crop"])
+    side, overlap = tiling(checkpoint, memory)
 
     def forward(y):
-        with runtime.autocast(where, precision):
-            return model(y.to(where, memory_format=torch.channels_last)).float().cpu()
+        with runtime.autocast(device, precision):
+            return network(y.to(device, memory_format=torch.channels_last)).float().cpu()
 
     @torch.inference_mode()
     def denoise(y):
@@ -354,21 +340,21 @@ def export(path, out):
         import onnxscript  # noqa: F401  what torch.onnx writes with
     except ImportError:
         raise ValueError("--export needs the package onnxscript: pip install onnxscript") from None
-    model, state = runtime.restore(network, path, "distill", "cpu")
-    crop = state["extra"]["crop"]
-    model = model.pool_locally(crop).to(memory_format=torch.contiguous_format)
+    network, checkpoint = training.load_network(build_network, path, "distill", "cpu")
+    crop = checkpoint["extra"]["crop"]
+    network = network.pool_locally(crop).to(memory_format=torch.contiguous_format)
     y = torch.rand(2, 1, 2 * crop + 8, 2 * crop + 40)  # larger than the window of the attention
     logging.disable(logging.WARNING)  # torch tells of packages that it could use
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-            program = torch.export.export(model, (y,), dynamic_shapes=(free,))
+            program = torch.export.export(network, (y,), dynamic_shapes=(free,))
             names = dict(input_names=["noisy"], output_names=["denoised"])
             made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     finally:
         logging.disable(logging.NOTSET)
-    with runtime.whole(out) as temporary:
+    with runtime.atomic_write(out) as temporary:
         made.save(temporary)
     print(f"distill: {path} -> {out}", flush=True)
 
@@ -377,44 +363,25 @@ def export(path, out):
 # command
 # ---------------------------------------------------------------------------------------------------------------
 def main(argv=None):
-    p = runtime.training_parser(__doc__, PRESETS, "student.pt")
+    p = training.training_parser(__doc__, PRESET_NAMES, SETTINGS, dict(arch=NETWORKS, loss=LOSSES), "student.pt")
     p.add_argument("--data", help="dataset (.h5)")
     p.add_argument("--target", help="prediction file (.h5) to learn from; `recorrupted`; or `clean`: the upper bound")
-    p.add_argument(
-        "--noise", default="measured", help="with --target recorrupted, as in posterior.py (default measured)"
-    )
+    p.add_argument("--noise", default="measured", help=f"with --target recorrupted: {measure.NOISE_HELP}")
     p.add_argument("--pred", help="with --target recorrupted: prediction file (.h5), for measuring and for intensities")
     p.add_argument("--init", help="start from the weights of this student (.pt)")
-    p.add_argument("--arch", choices=NETWORKS, help="see above (fast: resunet; nafnet and paper: nafnet)")
-    p.add_argument("--loss", choices=LOSSES, help="distance to a given target")
-    p.add_argument("--strength", type=float, help="a of the recorruption (fast: 0.3)")
-    p.add_argument("--out", default="distill_out.h5", help="prediction to write (default distill_out.h5)")
-    p.add_argument("--predict", action="store_true", help="only predict, with the trained --model")
     p.add_argument("--export", metavar="FILE", help="only write the trained --model as ONNX (.onnx)")
-    p.add_argument(
-        "--split", choices=(*data.SPLITS, "all"), default="all", help="predict only this split (default all)"
-    )
-    p.add_argument("--width", type=runtime.positive, help="features at the first level")
-    p.add_argument("--enc-blocks", type=int, nargs="+", help="blocks per level on the way down")
-    p.add_argument("--middle-blocks", type=int, help="blocks at the lowest level")
-    p.add_argument("--dec-blocks", type=int, nargs="+", help="blocks per level on the way up, lowest first")
-    p.add_argument("--beta2", type=float, help="AdamW's second decay")
-    p.add_argument("--clip", type=float, help="largest gradient norm")
-    p.add_argument("--ema", type=float, help="decay per step of the averaged weights")
+    training.prediction_flags(p, "distill_out.h5")
     args = p.parse_args(argv)
     if args.export:
         runtime.check_outputs([args.model], [args.export])
         return export(args.model, args.export)
     if not args.data:
         raise ValueError("--data is needed, but for --export")
-    if args.predict:
-        runtime.check_outputs([args.data, args.model], [args.out])
-    else:
-        runtime.check_outputs([args.data, args.target, args.pred, args.init], [args.out, args.model])
+    training.check_outputs(args, [args.data, args.target, args.pred, args.init])
     if not args.predict:
         if not args.target:
             raise ValueError("--target is needed for training: a prediction file, recorrupted, or clean")
-        train(args, runtime.settle(args, PRESETS, "distill"))
+        train(args, training.resolve_args(args, PRESETS, "distill"))
     predict(args)
 
 

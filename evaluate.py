@@ -1,4 +1,4 @@
-"""Tables and figures: PSNR, SSIM and noise leak of any prediction files against the clean images.
+"""Tables and figures: PSNR, SSIM and noise leak of prediction files against the clean images, or without clean ones.
 
     In    knee.h5               volumes/<name>/clean and noisy  (S,H,W) float32
           bsn_out.h5 ...        volumes/<name>/pred             (S,H,W) float32, made from knee.h5
@@ -7,12 +7,11 @@
 
     python evaluate.py --data knee.h5 --pred bsn_out.h5 srds_out.h5 --json results.json --figure report.png
     python evaluate.py --data knee.h5 --pred BSN=bsn_out.h5 "SRDS pair=srds_out.h5"        # names of your own
-
-    python evaluate.py --no-reference --data knee.h5 --pred distill_out.h5         # no clean image: what can be told
+    python evaluate.py --no-reference --data knee.h5 --pred distill_out.h5                 # there is no clean image
 
 PSNR and SSIM are scikit-image's, data_range 1, SSIM's window 7x7, slice by slice; nothing is clipped or rounded first.
-Leak = <output - x, n> / <n, n> with x clean and n = noisy - x: the share of the noise that is still there, 0 for an
-output that has not seen the noise of its own pixel, 1 for the noisy image.
+Leak = <output - x, n> / <n, n> with x clean and n = noisy - x: the share of the noise that is still there. It is 0 for
+an output that has not seen the noise of its own pixel, 1 for the noisy image.
 
 Without a clean image, the noise model (noise.py) says what y - output should look like if it were only noise:
 
@@ -20,8 +19,8 @@ Without a clean image, the noise model (noise.py) says what y - output should lo
     correlation  largest difference between its correlation and the noise's, up to 2 pixels apart
     structure    correlation of its energy (5x5 pixels, in units of the noise's) with the gradient of the output: 0 for
                  noise, above 0 if the residual is larger where the image has edges
-    error        estimated root mean square error: from the file's `std` where a stage has one (posterior.py), for a
-                 blind-spot network from J-invariance, sqrt(|y - output|^2 - s2)
+    error        estimated root mean square error: from the file's `std` where a stage has one (posterior.py); for a
+                 blind-spot network sqrt(|y - output|^2 - s2), by J-invariance
 """
 
 import itertools
@@ -35,8 +34,9 @@ from scipy.stats import wilcoxon
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import data
+import measure
 import noise
-import runtime
+from lib import runtime
 
 TOO_LITTLE, TOO_MUCH, STRUCTURE, CORRELATION = 0.45, 1.15, 0.2, 0.2
 PROTOCOL = "PSNR (dB) and SSIM: scikit-image, data_range 1, 7x7 window, per slice, not clipped; mean ± sd over slices."
@@ -53,8 +53,11 @@ def leak(x, clean, noisy):
     return float(((x - clean) * n).sum() / (n * n).sum())
 
 
-def measure(path, pred, split):
-    """Measures of each slice of a prediction file, {"psnr", "ssim", "leak": (n,)}; pred None: of the noisy images."""
+def score(path, pred, split):
+    """{"psnr", "ssim", "leak": (n,)} of each slice of the prediction file `pred`, or of the noisy images if it is None.
+
+    Raises ValueError if a volume is missing, or no slice has any noise.
+    """
     clean, noisy = data.read_volumes(path, "clean", split), data.read_volumes(path, "noisy", split)
     out = noisy if pred is None else data.read_matching(pred, path, split=split)
     missing = [name for name in clean if name not in out]
@@ -123,15 +126,15 @@ def calibration(path, pred, split):
     ]
 
 
-def no_reference(y, x, model):
-    """What can be told of the slice x (H,W), denoised from y, without the clean image: three measures.
+def no_reference(y, x, noise_model):
+    """What can be told of the slice x (H,W), denoised from y, without the clean image: three measures, see the module.
 
-    model: of the noise (noise.py). Everything is counted over the pixels where the model has noise.
+    They count the pixels where the model has noise.
     """
-    s2 = noise.variance(model, gaussian_filter(np.asarray(x, np.float64), 1))
-    where = s2 > 1e-3 * s2.max()
-    residual = np.where(where, (y - x) / np.sqrt(np.maximum(s2, 1e-12)), 0)
-    energy = np.square(residual).sum() / where.sum()
+    s2 = noise.variance(noise_model, gaussian_filter(np.asarray(x, np.float64), 1))
+    noisy = s2 > 1e-3 * s2.max()
+    residual = np.where(noisy, (y - x) / np.sqrt(np.maximum(s2, 1e-12)), 0)
+    energy = np.square(residual).sum() / noisy.sum()
 
     def correlation(dy, dx):
         h, w = residual.shape
@@ -139,12 +142,13 @@ def no_reference(y, x, model):
         b = residual[: h - dy, max(-dx, 0) : w + min(-dx, 0)]
         return (a * b).sum() / max(np.sqrt(np.square(a).sum() * np.square(b).sum()), 1e-12)
 
-    table, lags = np.asarray(model["correlation"]), [(dy, dx) for dy in range(3) for dx in range(-2, 3) if dy or dx > 0]
+    table = np.asarray(noise_model["correlation"])
+    lags = [(dy, dx) for dy in range(3) for dx in range(-2, 3) if dy or dx > 0]
     off = max(abs(correlation(dy, dx) - table[noise.REACH + dy, noise.REACH + dx]) for dy, dx in lags)
     edges = np.hypot(*np.gradient(gaussian_filter(np.asarray(x, np.float64), 1)))
-    local = uniform_filter(np.square(residual), 5) / np.maximum(uniform_filter(where.astype(float), 5), 1e-6)
-    varied = np.ptp(local[where]) > 0 and np.ptp(edges[where]) > 0
-    structure = np.corrcoef(local[where], edges[where])[0, 1] if varied else 0.0
+    local = uniform_filter(np.square(residual), 5) / np.maximum(uniform_filter(noisy.astype(float), 5), 1e-6)
+    varied = np.ptp(local[noisy]) > 0 and np.ptp(edges[noisy]) > 0
+    structure = np.corrcoef(local[noisy], edges[noisy])[0, 1] if varied else 0.0
     return {"removed": energy, "correlation error": off, "structure": structure}
 
 
@@ -156,42 +160,48 @@ def verdict(m):
     if m["removed"] > TOO_MUCH:
         said.append(f"{100 * m['removed']:.0f} % of the noise's energy was removed: structure went with it")
     if m["structure"] > STRUCTURE:
-        said.append(
-            f"what was removed is stronger at edges (correlation {m['structure']:.2f}): fine detail is lost there"
-        )
+        lost = "fine detail is lost there"
+        said.append(f"what was removed is stronger at edges (correlation {m['structure']:.2f}): {lost}")
     if m["correlation error"] > CORRELATION:
         said.append(f"what was removed is not correlated as the noise is (off by {m['correlation error']:.2f})")
     return "; ".join(said) or "what was removed looks like noise and nothing else"
 
 
-def report_without_reference(path, preds, split, model):
+def measure_without_reference(noisy, path, file, split, noise_model):
+    """The means of `no_reference` over the slices of the prediction `file` of the dataset `path`, and "error".
+
+    noisy: {name: (S,H,W)}. Raises ValueError if no slice has any noise.
+    """
+    out = data.read_matching(file, path, split=split)
+    with data.open_file(file) as h5:
+        has_std, stage = "std" in next(iter(h5["volumes"].values())), h5.attrs.get("stage")
+    std = data.read_matching(file, path, "std", split=split) if has_std and stage == "posterior" else None
+    slices, squares = [], []
+    for v, volume in out.items():
+        for s in range(volume.shape[0]):
+            y, x = noisy[v][s], volume[s]
+            if not np.ptp(y) or noise.variance(noise_model, x).max() <= 0:
+                continue
+            slices.append(no_reference(y, x, noise_model))
+            if stage == "bsn":
+                squares.append(np.square(y - x).mean() - noise.variance(noise_model, x).mean())
+            elif std:
+                squares.append(np.square(std[v][s]).mean())
+    if not slices:
+        raise ValueError(f"no slice of the {split} split of {path} has any noise according to the noise model")
+    m = {key: float(np.mean([one[key] for one in slices])) for key in slices[0]}
+    return m | (dict(error=float(max(np.mean(squares), 0) ** 0.5)) if squares else {})
+
+
+def report_without_reference(path, preds, split, noise_model):
     """Prints the table and the verdicts for prediction files made from the dataset `path`; returns {name: measures}."""
     noisy, results = data.read_volumes(path, "noisy", split), {}
     print("| method | removed | correlation error | structure | error | verdict |\n|---|---|---|---|---|---|")
     for name, file in preds.items():
-        out = data.read_matching(file, path, split=split)
-        with data.open_file(file) as h5:
-            has_std, stage = "std" in next(iter(h5["volumes"].values())), h5.attrs.get("stage")
-        std = data.read_matching(file, path, "std", split=split) if has_std and stage == "posterior" else None
-        slices, squares = [], []
-        for v, volume in out.items():
-            for s in range(volume.shape[0]):
-                y, x = noisy[v][s], volume[s]
-                if np.ptp(y) and noise.variance(model, x).max() > 0:
-                    slices.append(no_reference(y, x, model))
-                    if stage == "bsn":
-                        squares.append(np.square(y - x).mean() - noise.variance(model, x).mean())
-                    elif std:
-                        squares.append(np.square(std[v][s]).mean())
-        if not slices:
-            raise ValueError(f"no slice of the {split} split of {path} has any noise according to the model")
-        m = {key: float(np.mean([one[key] for one in slices])) for key in slices[0]}
-        if squares:
-            m["error"] = float(max(np.mean(squares), 0) ** 0.5)
+        m = results[name] = measure_without_reference(noisy, path, file, split, noise_model)
         error = f"{m['error']:.4f}" if "error" in m else "-"
         numbers = f"{m['removed']:.2f} | {m['correlation error']:.3f} | {m['structure']:+.2f}"
         print(f"| {name} | {numbers} | {error} | {verdict(m)} |")
-        results[name] = m
     return results
 
 
@@ -231,44 +241,54 @@ def figure(dataset, preds, split, out):
         ax.set_ylabel(label)
     fig.colorbar(shown, ax=axes, location="bottom", shrink=0.3, aspect=40, pad=0.01, label="error: output - clean")
     fig.suptitle(f"{name}, slice {s}; PSNR / SSIM", fontsize=9)
-    with runtime.whole(out) as temporary:
+    with runtime.atomic_write(out) as temporary:
         fig.savefig(temporary, format="png")
 
 
-def main(argv=None):
-    p = runtime.parser(__doc__)
-    p.add_argument("--data", required=True, help="dataset (.h5) with clean and noisy images")
-    p.add_argument(
-        "--pred",
-        nargs="*",
-        default=[],
-        metavar="[NAME=]FILE",
-        help="prediction files (.h5); the name is the file's unless given",
-    )
-    p.add_argument(
-        "--split", choices=(*data.SPLITS, "all"), default="test", help="the slices to evaluate (default test)"
-    )
-    p.add_argument("--calibration", action="store_true", help="how well `std` of the predictions tells their error")
-    p.add_argument("--no-reference", action="store_true", help="what can be told without clean images")
-    p.add_argument("--noise", default="measured", help="with --no-reference, as in posterior.py (default measured)")
-    p.add_argument("--json", help="write the table as JSON")
-    p.add_argument("--figure", help="write a figure of the middle slice (.png)")
-    args = p.parse_args(argv)
-    runtime.check_outputs([args.data], [f for f in (args.json, args.figure) if f])
+def parse_predictions(texts):
+    """{name: file} of FILE or NAME=FILE; raises ValueError if two have the same name."""
     preds = {}
-    for text in args.pred:
+    for text in texts:
         name, _, path = ("", "", text) if Path(text).exists() else text.rpartition("=")
         name = name or Path(path).stem.removesuffix("_out")
         if name in preds or name == "noisy":
             raise ValueError(f"two methods are named {name!r}: write NAME=FILE")
         preds[name] = path
+    return preds
+
+
+def print_calibration(path, preds, split):
+    print("\n| method | clean intensity | within 1 std | within 2 std |\n|---|---|---|---|")
+    for name, pred in preds.items():
+        with data.open_file(pred) as file:
+            if file.attrs.get("stage") == "bsn" or "std" not in next(iter(file["volumes"].values())):
+                continue  # no uncertainty, or that of y
+        for low, high, one, two in calibration(path, pred, split):
+            print(f"| {name} | {low:.2f} to {high:.2f} | {one:.3f} | {two:.3f} |")
+
+
+def main(argv=None):
+    p = runtime.parser(__doc__)
+    p.add_argument("--data", required=True, help="dataset (.h5) with clean and noisy images")
+    files = "prediction files (.h5); a method is named after its file unless NAME is given"
+    p.add_argument("--pred", nargs="*", default=[], metavar="[NAME=]FILE", help=files)
+    splits = (*data.SPLITS, "all")
+    p.add_argument("--split", choices=splits, default="test", help="the slices to evaluate (default test)")
+    p.add_argument("--calibration", action="store_true", help="how well `std` of the predictions tells their error")
+    p.add_argument("--no-reference", action="store_true", help="what can be told without clean images")
+    p.add_argument("--noise", default="measured", help=f"with --no-reference: {measure.NOISE_HELP}")
+    p.add_argument("--json", help="write the table as JSON")
+    p.add_argument("--figure", help="write a figure of the middle slice (.png)")
+    args = p.parse_args(argv)
+    runtime.check_outputs([args.data], [f for f in (args.json, args.figure) if f])
+    preds = parse_predictions(args.pred)
     if args.no_reference:
         if not preds:
             raise ValueError("--no-reference needs --pred")
-        results = report_without_reference(args.data, preds, args.split, noise.given(args.noise, args.data))
-        return write_json(results, args.json)
-    methods = {"noisy": measure(args.data, None, args.split)}
-    methods |= {name: measure(args.data, path, args.split) for name, path in preds.items()}
+        noise_model = measure.load_noise_model(args.noise, args.data)
+        return write_json(report_without_reference(args.data, preds, args.split, noise_model), args.json)
+    methods = {"noisy": score(args.data, None, args.split)}
+    methods |= {name: score(args.data, path, args.split) for name, path in preds.items()}
     print(markdown(methods))
     if args.figure:
         figure(args.data, preds, args.split, args.figure)
@@ -277,19 +297,13 @@ def main(argv=None):
         results[a].setdefault("p", {})[b] = results[b].setdefault("p", {})[a] = p
     write_json(results, args.json)
     if args.calibration:
-        print("\n| method | clean intensity | within 1 std | within 2 std |\n|---|---|---|---|")
-        for name, path in preds.items():
-            with data.open_file(path) as file:
-                if file.attrs.get("stage") == "bsn" or "std" not in next(iter(file["volumes"].values())):
-                    continue  # no uncertainty, or that of y
-            for low, high, one, two in calibration(args.data, path, args.split):
-                print(f"| {name} | {low:.2f} to {high:.2f} | {one:.3f} | {two:.3f} |")
+        print_calibration(args.data, preds, args.split)
 
 
 def write_json(results, path):
     """Writes the results, if a file was named."""
     if path:
-        with runtime.whole(path) as temporary:
+        with runtime.atomic_write(path) as temporary:
             temporary.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -1,13 +1,17 @@
-"""The noise measured in noisy images alone: how strong at which intensity, how correlated, and if it was erased.
+"""The noise measured in noisy images alone: how strong at which intensity, how correlated, and whether JPEG erased it.
 
-Nothing tells noise from structure but this: somewhere the image is flat. The flattest blocks are looked for by half of
-the frequencies of their DFT (row + column even) and measured by the other half, and the reverse: the noise of the two
+Noise and structure differ in one thing: somewhere the image is flat. The flattest blocks are found by half of the
+frequencies of their DFT (row + column even) and measured by the other half, and the reverse. The noise of the two
 halves is independent, so that choosing the quietest blocks does not make the noise look quieter.
 
-    In    images, a list of (H,W) arrays, about [0,1]; better with predictions of them, which tell where they are flat
-    Out   a noise model, the dict that noise.py describes
+    In    knee.h5       volumes/<name>/noisy  (S,H,W) float32, about [0,1]
+          bsn_out.h5    volumes/<name>/pred   (S,H,W) float32, optional: it tells where the images are flat
+    Out   noise.json    the noise model, a dict that noise.py describes; also printed
 
-    python noise.py measure --data knee.h5 --pred bsn_out.h5 --out noise.json      # the command is noise.py's
+    python measure.py --data knee.h5                                     # before any training: which blind spot?
+    python measure.py --data knee.h5 --pred bsn_out.h5 --out noise.json  # closer where the image has structure
+
+Every `--noise` of the other programs is read here (`load_noise_model`): measured, stated, or from such a file.
 """
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -19,7 +23,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.optimize import nnls
 
-from noise import REACH, described, sample, variance
+from noise import REACH, make_noise_model, sample, variance
 
 FLATTEST = 0.02  # share of the blocks of like intensity that are measured
 JUMP = 1.1  # at the edges of 8x8 blocks: the images were stored as JPEG
@@ -222,9 +226,9 @@ def fit_levels(intensity, level, blocks, disorder):
             coefficients = solve(powers, list(points))
             off = above(coefficients)
             cost = np.where(off > 0, off**2 / (1 + off**2), np.minimum(4 * off**2, 9))
-            best = min(
-                best, (trust @ cost / trust.sum() + 0.08 * len(powers), powers, coefficients), key=lambda t: t[0]
-            )
+            total = trust @ cost / trust.sum() + 0.08 * len(powers)
+            if total < best[0]:
+                best = total, powers, coefficients
     _, powers, coefficients = best
     for _ in range(5):
         weight = np.sqrt(trust) / (1 + above(coefficients) ** 2)
@@ -233,10 +237,10 @@ def fit_levels(intensity, level, blocks, disorder):
 
 
 def jump(images):
-    """How much larger differences are at one in eight rows and columns than at the largest of the others that are no
-    neighbours of it: 1 or less if there is no such grid.
+    """How much larger the differences at every eighth row and column are than elsewhere: 1 or less without such a grid.
 
-    JPEG leaves one, at any offset: 1.2 to 1.4 on M4Raw images stored at quality 75; single slices of others: to 1.08.
+    Elsewhere: the largest of the other seven, its two neighbours left out. JPEG leaves such a grid, at any offset: 1.2
+    to 1.4 on M4Raw images stored at quality 75; single slices of other images reach 1.08.
     """
     found = []
     for axis in (0, 1):
@@ -255,11 +259,11 @@ def jump(images):
 
 
 def measure(images, means=None, magnitude=False):
-    """The model of the noise in images [(H,W)], from them alone, or better with predictions `means` of the same shapes.
+    """The noise model of images [(H,W)], from them alone, or better with predictions `means` of the same shapes.
 
-    Structure only ever adds, so that of the two models, with and without the predictions, the quieter one is returned.
+    Structure only ever adds: of the two models, with and without the predictions, the quieter one is returned.
 
-    magnitude: the images are magnitudes (never negative): near black their noise is Rician, and is left out.
+    magnitude: the images are magnitudes (never negative). Near black their noise is Rician, and is left out.
     Raises ValueError if they are too small or too few.
     """
     models, compressed = [], jump(images) > JUMP
@@ -269,21 +273,33 @@ def measure(images, means=None, magnitude=False):
         if magnitude:
             above = points[0] > 3 * np.sqrt(points[1])
             points = points[:, above] if above.any() else points
-        models.append(described(fit_levels(*points), correlation, compressed=compressed))
-    return min(models, key=lambda model: np.mean([variance(model, image).mean() for image in images]))
+        models.append(make_noise_model(fit_levels(*points), correlation, compressed))
+    return min(models, key=lambda found: np.mean([variance(found, image).mean() for image in images]))
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # files
 # ---------------------------------------------------------------------------------------------------------------
-import data
+import argparse
+import json
+from pathlib import Path
 
+import data
+import noise
+from lib import runtime
+
+NOISE_HELP = (
+    "measured; kind:level[:correlation] such as gaussian:6/255, poisson:200, gamma:100:1.2; "
+    "or a file of measure.py (default measured)"
+)
 PIXELS = 8_000_000  # as many as measuring looks at, evenly spread over all slices
 
 
 def measure_file(path, pred=None):
-    """The model of the noise in the train split of a dataset file (all of it, if there is none); `pred`, a prediction
-    file made from it, helps."""
+    """The noise model of a dataset file, from its train split or, if there is none, from all of it.
+
+    pred: a prediction file made from it; it helps to tell where the images are flat. Raises ValueError as `measure`.
+    """
     splits = {attrs.get("split", "train") for attrs in data.read_attrs(path)[1].values()}
     volumes = data.read_volumes(path, "noisy", "train" if "train" in splits else None)
     means = data.read_matching(pred, path) if pred else None
@@ -301,3 +317,75 @@ def measure_file(path, pred=None):
     )
     means = None if means is None else [np.asarray(means[name][s]) for name, s in slices]
     return measure(images, means, magnitude=bool(lowest >= 0))
+
+
+def load_noise_model(text, path=None, pred=None):
+    """The noise model that --noise names: `measured` in the dataset `path`, kind:level[:correlation], or a JSON file.
+
+    pred: see `measure_file`. Raises ValueError for anything else, in one line.
+    """
+    if text == "measured":
+        return measure_file(path, pred)
+    kind, _, numbers = text.partition(":")
+    if kind in noise.KINDS:
+        level, _, correlation = numbers.partition(":")
+        try:
+            level, correlation = runtime.fraction(level), float(correlation or 0)
+        except (ValueError, argparse.ArgumentTypeError):
+            level, correlation = 0, 0
+        if not 0 < level < np.inf or not 0 <= correlation <= REACH:
+            raise ValueError(f"--noise {text}: give kind:level or kind:level:correlation, such as gaussian:6/255:1.2")
+        return noise.known(kind, level, correlation)
+    if not Path(text).is_file():
+        raise ValueError(f"--noise {text}: neither measured, nor one of {', '.join(noise.KINDS)}:level, nor a file")
+    try:
+        found = json.loads(Path(text).read_text())
+        coefficients = np.array(found["variance"], float)
+        table = np.array(found["correlation"], float)
+        if coefficients.shape != (3,) or table.shape != (2 * REACH + 1,) * 2:
+            raise ValueError(f"shapes {coefficients.shape} and {table.shape}")
+        if not (0 <= coefficients).all() or not 0 < coefficients.sum() < np.inf:
+            raise ValueError(f"variance {coefficients}")
+        if not np.isfinite(table).all() or not np.isclose(table[REACH, REACH], 1):
+            raise ValueError("correlation that is not 1 in the centre, or not finite")
+        return make_noise_model(coefficients, table, found.get("compressed", False))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{text} is not a noise model of measure.py: {error!r}") from None
+
+
+def summary(noise_model):
+    """What a noise model says, in three or four lines."""
+    table, (a, b, c) = np.array(noise_model["correlation"]), noise_model["variance"]
+
+    def at(dy, dx):
+        return f"{table[REACH + dy, REACH + dx]:+.3f}"
+
+    erased = "stored as JPEG, which erases noise where images are flat: the level is too low, and no model holds\n"
+    return (
+        f"{noise.law(noise_model)}: variance {a:.3g} + {b:.3g} x + {c:.3g} x^2 at intensity x; standard deviation "
+        f"{a**0.5:.4f} at 0, {(a + b / 2 + c / 4) ** 0.5:.4f} at 0.5, {(a + b + c) ** 0.5:.4f} at 1\n"
+        f"correlation with the pixel 1, 2, 3 along the rows {' '.join(at(0, k) for k in (1, 2, 3))}, "
+        f"the columns {' '.join(at(k, 0) for k in (1, 2, 3))}, the diagonals {at(1, 1)} {at(1, -1)}\n"
+        f"{erased if noise_model['compressed'] else ''}blind spot to use: {noise_model['blind_spot']}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# command
+# ---------------------------------------------------------------------------------------------------------------
+def main(argv=None):
+    p = runtime.parser(__doc__)
+    p.add_argument("--data", required=True, help="dataset (.h5) of noisy images")
+    p.add_argument("--pred", help="prediction file (.h5) made from it: tells where the images are flat")
+    p.add_argument("--out", help="write the noise model (.json), for --noise of other stages")
+    args = p.parse_args(argv)
+    runtime.check_outputs([args.data, args.pred], [args.out] if args.out else [])
+    noise_model = measure_file(args.data, args.pred)
+    print(summary(noise_model))
+    if args.out:
+        with runtime.atomic_write(args.out) as temporary:
+            temporary.write_text(json.dumps(noise_model) + "\n")
+
+
+if __name__ == "__main__":
+    runtime.command(main)

@@ -1,4 +1,4 @@
-"""What noise is: add it to clean images (Sec. 4.1 of the paper), draw more of it, have it measured in noisy ones.
+"""What noise is: its law, adding it to clean images (Sec. 4.1 of the paper), drawing more of it.
 
     gaussian   x + n, n of standard deviation `level`                  the paper: 6/255
     poisson    Poisson(level * x) / level: variance x / level          200 (MRI), 700 (X-ray)
@@ -8,18 +8,20 @@ Correlated noise of parameter s (0.5 or 1.2): one such noise field is blurred by
 back to the power it had; a second, independent field of the same kind is added, and the sum divided by sqrt(2).
 Nothing is clipped.
 
-A noise *model* is a plain dict: `variance` [a, b, c], the noise level function a + b x + c x^2 of clean intensity x;
-`correlation`, a (13,13) table for offsets of up to 6 pixels, 1 in its centre; `form`, `blind_spot`: what they imply;
-`compressed`: the images were stored as JPEG, so that no such model holds. measure.py makes it from noisy images alone.
+A noise *model* is a plain dict:
+
+    variance     [a, b, c]: the noise level function a + b x + c x^2 at clean intensity x
+    correlation  (13,13) table of the correlation with the pixels up to 6 away, 1 in its centre
+    blind_spot   1, 5 or 9: the smallest hole of bsn.py that hides the correlated neighbours of a pixel
+    compressed   whether the images were stored as JPEG, which no such model describes
+
+measure.py finds it in noisy images alone.
 
     In    clean.h5    volumes/<name>/clean, or `noisy` where there is no clean: the images to add noise to
-          knee.h5     volumes/<name>/noisy (S,H,W) float32: the images whose noise is measured
-    Out   knee.h5     volumes/<name>/clean and noisy (S,H,W) float32;  noise.json: the measured model
+    Out   knee.h5     volumes/<name>/clean and noisy (S,H,W) float32
 
     python noise.py add --data clean.h5 --kind gaussian --level 6/255 --seed 0 --out knee.h5
     python noise.py add --data clean.h5 --kind poisson --level 200 --correlation 1.2 --seed 0 --out knee_poisson.h5
-    python noise.py measure --data knee.h5                               # before any training: which blind spot?
-    python noise.py measure --data knee.h5 --pred bsn_out.h5 --out noise.json   # closer where the image has structure
 """
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -63,69 +65,73 @@ def add(x, kind, level, correlation=0, generator=None):
     n = white(x, kind, level, generator)
     if correlation:
         blurred = gaussian_filter(n, correlation, mode="wrap")
-        blurred *= np.sqrt(
-            np.mean(n**2) / max(np.mean(blurred**2), 1e-30)
-        )  # a black slice has no Poisson or Gamma noise
+        power = np.mean(n**2) / max(np.mean(blurred**2), 1e-30)  # a black slice has no Poisson or Gamma noise
+        blurred *= np.sqrt(power)
         n = (blurred + white(x, kind, level, generator)) / np.sqrt(2)
     return (x + n).astype(np.float32)
 
 
 def known(kind, level, correlation=0):
-    """The model of the noise that `add` makes."""
+    """The noise model of what `add` makes."""
     power = {"gaussian": level**2, "poisson": 1 / level, "gamma": 1 / level}[kind]
     table = np.zeros((8 * REACH + 1,) * 2)
     table[4 * REACH, 4 * REACH] = 1
     if correlation:
         blurred = gaussian_filter(gaussian_filter(table, correlation), correlation)
         table = (blurred / blurred.max() + table) / 2
-    return described(
-        [power * (k == KINDS.index(kind)) for k in range(3)], table[3 * REACH : -3 * REACH, 3 * REACH : -3 * REACH]
-    )
+    inner = table[3 * REACH : -3 * REACH, 3 * REACH : -3 * REACH]
+    return make_noise_model([power * (k == KINDS.index(kind)) for k in range(3)], inner)
 
 
-def described(coefficients, correlation, compressed=False):
-    """A model from its numbers: adds the form's name and the blind spot that hides a pixel's correlated neighbours."""
-    form = "gamma" if coefficients[2] else "poisson-gaussian" if coefficients[1] else "gaussian"
+def make_noise_model(variance, correlation, compressed=False):
+    """A noise model from its numbers; adds the blind spot that hides the correlated neighbours of a pixel.
+
+    variance: [a, b, c]. correlation: (13,13).
+    """
     offset = np.abs(np.arange(-REACH, REACH + 1))
     distance = offset[:, None] + offset[None]  # the hole of bsn.py is a diamond
     beyond = [np.abs(correlation)[(distance > radius) & (distance <= 4)].max() for radius in (0, 2)]
-    blind_spot = 1 if beyond[0] < SEEN else 5 if beyond[1] < SEEN else 9
     return dict(
-        form=form,
-        variance=[float(v) for v in coefficients],
+        variance=[float(v) for v in variance],
         correlation=np.round(correlation, 5).tolist(),
-        blind_spot=blind_spot,
+        blind_spot=1 if beyond[0] < SEEN else 5 if beyond[1] < SEEN else 9,
         compressed=bool(compressed),
     )
 
 
-def variance(model, x):
+def law(noise_model):
+    """Of which form a noise model is: "gaussian", "poisson-gaussian" or "gamma"."""
+    _, b, c = noise_model["variance"]
+    return "gamma" if c else "poisson-gaussian" if b else "gaussian"
+
+
+def variance(noise_model, x):
     """Variance of the noise at clean intensity x: an array like x. Estimates of x below 0 count as 0."""
-    a, b, c = model["variance"]
+    a, b, c = noise_model["variance"]
     x = np.maximum(x, 0)
     return a + b * x + c * x**2
 
 
-def spectrum(model, h, w):
+def spectrum(noise_model, h, w):
     """Power spectrum (h,w) of the noise at unit variance, on the grid of a DFT of h x w pixels; its mean is 1."""
     table = np.zeros((h, w))
     reach = [min(REACH, (n - 1) // 2) for n in (h, w)]
-    inner = np.asarray(model["correlation"])[tuple(slice(REACH - r, REACH + r + 1) for r in reach)]
+    inner = np.asarray(noise_model["correlation"])[tuple(slice(REACH - r, REACH + r + 1) for r in reach)]
     table[np.ix_(*(np.arange(-r, r + 1) for r in reach))] = inner
     power = np.maximum(np.fft.fft2(table).real, 0)
     return power / power.mean()
 
 
-def sample(model, x, generator, y=None):
-    """Noise of the model for clean images x (...,H,W): what the scanner might have added. Same shape, float32.
+def sample(noise_model, x, generator, y=None):
+    """Noise for clean images x (...,H,W): what the scanner might have added. Same shape, float32.
 
-    y: the noisy images. Noise cannot be stronger than what varies: where y varies with less than half the energy that
-    the model expects (a masked background, or one that a fitted curve overestimates), the noise has that energy.
+    y: the noisy images, if there are any. Noise cannot be stronger than what varies: where y varies with less than half
+    the energy that the model expects (a masked background, or one whose level was overestimated), it limits the noise.
     """
     n = generator.standard_normal(x.shape, dtype=np.float32)
-    if np.count_nonzero(model["correlation"]) > 1:
-        n = np.fft.ifft2(np.fft.fft2(n) * np.sqrt(spectrum(model, *x.shape[-2:]))).real
-    s2 = variance(model, x)
+    if np.count_nonzero(noise_model["correlation"]) > 1:
+        n = np.fft.ifft2(np.fft.fft2(n) * np.sqrt(spectrum(noise_model, *x.shape[-2:]))).real
+    s2 = variance(noise_model, x)
     if y is not None:
         sigma = [0] * (x.ndim - 2) + [4, 4]
         energy = gaussian_filter(np.square(y), sigma) - np.square(gaussian_filter(y, sigma))
@@ -136,90 +142,12 @@ def sample(model, x, generator, y=None):
 # ---------------------------------------------------------------------------------------------------------------
 # command
 # ---------------------------------------------------------------------------------------------------------------
-import argparse
-import json
+import subprocess
+import sys
 from pathlib import Path
 
 import data
-import runtime
-
-
-def given(text, path=None, pred=None):
-    """The model that --noise names: `measured` in the dataset `path`, kind:level[:correlation], or a JSON file."""
-    if text == "measured":
-        import measure  # it stands on this file
-
-        return measure.measure_file(path, pred)
-    kind, _, numbers = text.partition(":")
-    if kind in KINDS:
-        level, _, correlation = numbers.partition(":")
-        try:
-            level, correlation = runtime.fraction(level), float(correlation or 0)
-        except (ValueError, argparse.ArgumentTypeError):
-            level, correlation = 0, 0
-        if not 0 < level < np.inf or not 0 <= correlation <= REACH:
-            raise ValueError(f"--noise {text}: give kind:level or kind:level:correlation, such as gaussian:6/255:1.2")
-        return known(kind, level, correlation)
-    if not Path(text).is_file():
-        raise ValueError(f"--noise {text}: neither measured, nor one of {', '.join(KINDS)}:level, nor a file")
-    try:
-        model = json.loads(Path(text).read_text())
-        coefficients = np.array(model["variance"], float)
-        table = np.array(model["correlation"], float)
-        if coefficients.shape != (3,) or table.shape != (2 * REACH + 1,) * 2:
-            raise ValueError(f"shapes {coefficients.shape} and {table.shape}")
-        if not (0 <= coefficients).all() or not 0 < coefficients.sum() < np.inf:
-            raise ValueError(f"variance {coefficients}")
-        if not np.isfinite(table).all() or not np.isclose(table[REACH, REACH], 1):
-            raise ValueError("correlation that is not 1 in the centre, or not finite")
-        return described(coefficients, table, model.get("compressed", False))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{text} is not a noise model of `noise.py measure`: {error!r}") from None
-
-
-def summary(model):
-    """What a model says, in a few lines."""
-    table, (a, b, c) = np.array(model["correlation"]), model["variance"]
-    at = lambda dy, dx: f"{table[REACH + dy, REACH + dx]:+.3f}"  # noqa: E731
-    erased = "stored as JPEG, which erases noise where images are flat: the level is too low, and no model holds\n"
-    return (
-        f"{model['form']}: variance {a:.3g} + {b:.3g} x + {c:.3g} x^2 at intensity x; standard deviation "
-        f"{a**0.5:.4f} at 0, {(a + b / 2 + c / 4) ** 0.5:.4f} at 0.5, {(a + b + c) ** 0.5:.4f} at 1\n"
-        f"correlation with the pixel 1, 2, 3 along the rows {' '.join(at(0, k) for k in (1, 2, 3))}, "
-        f"the columns {' '.join(at(k, 0) for k in (1, 2, 3))}, the diagonals {at(1, 1)} {at(1, -1)}\n"
-        f"{erased if model['compressed'] else ''}blind spot to use: {model['blind_spot']}"
-    )
-
-
-def main(argv=None):
-    p = runtime.parser(__doc__)
-    commands = p.add_subparsers(required=True, dest="command")
-    q = commands.add_parser("add", help="clean images to a noisy dataset")
-    q.add_argument("--data", required=True, help="dataset (.h5) of clean images")
-    q.add_argument("--kind", choices=KINDS, default="gaussian")
-    q.add_argument(
-        "--level",
-        type=runtime.fraction,
-        required=True,
-        help="Gaussian: standard deviation, share of the range, "
-        "such as 6/255; Poisson: photons at intensity 1; Gamma: concentration",
-    )
-    q.add_argument("--correlation", type=float, default=0, help="sigma of the blur in pixels, 0: white (default 0)")
-    q.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    q.add_argument("--out", required=True, help="dataset to write (.h5)")
-    q = commands.add_parser("measure", help="the noise of noisy images")
-    q.add_argument("--data", required=True, help="dataset (.h5) of noisy images")
-    q.add_argument("--pred", help="prediction file (.h5) made from it: tells where the images are flat")
-    q.add_argument("--out", help="write the model (.json), for --noise of other stages")
-    args = p.parse_args(argv)
-    runtime.check_outputs([args.data, getattr(args, "pred", None)], [args.out] if args.out else [])
-    if args.command == "add":
-        return add_to_file(args)
-    model = given("measured", args.data, args.pred)
-    print(summary(model))
-    if args.out:
-        with runtime.whole(args.out) as temporary:
-            temporary.write_text(json.dumps(model) + "\n")
+from lib import runtime
 
 
 def add_to_file(args):
@@ -239,6 +167,24 @@ def add_to_file(args):
                 kept[s] = x[s]
                 noisy[s] = add(x[s], args.kind, args.level, args.correlation, runtime.step_rng(args.seed, v, s))
             noisy.parent.attrs["fingerprint"] = data.fingerprint(noisy)
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["measure"]:  # for one release; it is `python measure.py` now
+        return subprocess.call([sys.executable, Path(__file__).with_name("measure.py"), *argv[1:]])
+    p = runtime.parser(__doc__)
+    q = p.add_subparsers(required=True).add_parser("add", help="clean images to a noisy dataset")
+    q.add_argument("--data", required=True, help="dataset (.h5) of clean images")
+    q.add_argument("--kind", choices=KINDS, default="gaussian", help="default gaussian")
+    level = "Gaussian: standard deviation, share of the range, such as 6/255; Poisson: photons at intensity 1; "
+    q.add_argument("--level", type=runtime.fraction, required=True, help=f"{level}Gamma: concentration")
+    q.add_argument("--correlation", type=float, default=0, help="sigma of the blur in pixels, 0: white (default 0)")
+    q.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
+    q.add_argument("--out", required=True, help="dataset to write (.h5)")
+    args = p.parse_args(argv)
+    runtime.check_outputs([args.data], [args.out])
+    add_to_file(args)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""Stage 4, beyond the paper: the posterior update, which puts back what the noisy pixel itself knows.
+"""Beyond the paper: the posterior update, which puts back what the noisy pixel itself knows.
 
-A blind-spot network never looks at the pixel it predicts, and what is made from its prediction (diffusion, SRDS) knows
-no better. Given how far predictions err and how strong the noise is, the noisy value is worth a definite weight:
+A blind-spot network never looks at the pixel that it predicts, and what is made from its prediction (diffusion, SRDS)
+knows no better. Given how far predictions err and how strong the noise is, the noisy value deserves a definite weight:
 
     x_hat = mu + (V - s2) / V * (y - mu)
 
-the linear minimum mean-square-error estimate (LMMSE; for Gaussian noise in Laine et al. 2019, Sec. 3), with mu the
-prediction, V the variance of y around it, s2 the noise variance. The error that is left has variance s2 (V - s2) / V.
+This is the linear minimum mean-square-error estimate (LMMSE; for Gaussian noise in Laine et al. 2019, Sec. 3), with mu
+the prediction, V the variance of y around it, s2 the noise variance. Its error has variance s2 (V - s2) / V.
 
     In    knee.h5           volumes/<name>/noisy       (S,H,W) float32, about [0,1]
           srds_out.h5       volumes/<name>/pred (std)  (S,H,W) float32; any prediction file made from knee.h5
@@ -16,7 +16,7 @@ prediction, V the variance of y around it, s2 the noise variance. The error that
     python posterior.py --data knee.h5 --pred bsn_out.h5
     python posterior.py --data knee.h5 --pred srds_out.h5 --noise poisson:200 --variance spread --out posterior_out.h5
 
-The noise model comes from noise.py: measured in the images (default), stated, or read from a file. V comes from
+The noise model is measured in the images (default), stated, or read from a file (measure.py). V comes from
 
     --variance energy      energy of y - mu around the pixel, Gaussian window of 3 pixels
     --variance spectrum    the same for each spatial frequency: a local Wiener filter of y - mu, for correlated noise
@@ -50,8 +50,8 @@ def update(mu, y, total_variance, noise_variance):
 def local_variance(residual, noise_variance, sigma=3.0):
     """V from the energy of y - mu (H,W) in a Gaussian window of `sigma` pixels, given that V is at least s2.
 
-    Of so few pixels the energy is uncertain, by about V / (sigma sqrt(2 pi)). An energy below s2 does not mean
-    that there is no signal: the expected excess over s2 is taken, which is never 0.
+    The energy of so few pixels is uncertain, by about V / (sigma sqrt(2 pi)), and an energy below s2 does not mean that
+    there is no signal. So V is s2 and the *expected* excess over it, which is never 0.
     """
     energy = gaussian_filter(np.square(residual), sigma)
     doubt = np.maximum(energy, 1e-30) / (sigma * (2 * np.pi) ** 0.5)
@@ -60,12 +60,13 @@ def local_variance(residual, noise_variance, sigma=3.0):
 
 
 def wiener(residual, spectrum, side=8, around=5):
-    """Local Wiener filter of y - mu: what of it is signal, and the share of the noise that stays, both (H,W).
+    """Local Wiener filter of y - mu: (the signal in it, the share of the noise variance that stays), both (H,W).
 
     Args:
-        residual: (H,W), divided by the standard deviation of the noise. side: of the DFT blocks, pixels.
-        spectrum: callable (h, w) to the power spectrum of the noise (mean 1). around: the power at a frequency is the
-            mean over around x around blocks, a quarter of a block apart.
+        residual: y - mu (H,W), divided by the standard deviation of the noise.
+        spectrum: callable (h, w) to the power spectrum of the noise (h,w), of mean 1.
+        side: of the DFT blocks, pixels. around: the power at a frequency is the mean over around x around blocks, which
+            lie a quarter of a block apart.
     """
     step, (h, w) = side // 4, residual.shape
     window = np.hanning(side + 2)[1:-1]
@@ -73,15 +74,16 @@ def wiener(residual, spectrum, side=8, around=5):
     # Power of windowed noise: the DFT of its covariance times the autocorrelation of the window, on a grid that does
     # not wrap, then taken at the frequencies of a block.
     lags = np.fft.ifft2(np.abs(np.fft.fft2(window, (4 * side,) * 2)) ** 2) * np.fft.ifft2(spectrum(4 * side, 4 * side))
-    noise = np.fft.fft2(lags).real[::4, ::4]
-    noise = np.maximum(noise, 1e-3 * noise.mean())
+    noise_power = np.fft.fft2(lags).real[::4, ::4]
+    noise_power = np.maximum(noise_power, 1e-3 * noise_power.mean())
     padded = np.pad(residual, [(side, side + -n % step) for n in (h, w)], mode="symmetric")
     blocks = np.lib.stride_tricks.sliding_window_view(padded, (side, side))[::step, ::step]
     waves = np.fft.fft2(blocks * window)
     power = uniform_filter(np.abs(waves) ** 2, (around, around, 0, 0))
-    gain = weight(power, noise)
+    gain = weight(power, noise_power)
     kept = np.fft.ifft2(waves * gain).real * window
-    left = np.broadcast_to((gain * noise).mean((2, 3), keepdims=True) / noise.mean() * window**2, kept.shape)
+    share = (gain * noise_power).mean((2, 3), keepdims=True) / noise_power.mean()
+    left = np.broadcast_to(share * window**2, kept.shape)
     out = np.zeros((3, *padded.shape))
     rows, columns = blocks.shape[:2]
     for i in range(side):  # overlap-add, one pixel of all blocks at a time
@@ -98,18 +100,21 @@ def wiener(residual, spectrum, side=8, around=5):
 import torch
 
 import data
+import measure
 import noise
-import runtime
+from lib import runtime
+
+VARIANCES = ("auto", "energy", "spectrum", "predicted", "spread")
 
 
-def estimate(y, mu, model, variance="auto", std=None):
+def estimate(y, mu, noise_model, variance="auto", std=None):
     """(x_hat, its standard deviation) of one slice, all (H,W). `variance`, `std`: see the module."""
-    s2, residual = noise.variance(model, mu), np.asarray(y, np.float64) - mu
+    s2, residual = noise.variance(noise_model, mu), np.asarray(y, np.float64) - mu
     if variance == "auto":
-        variance = "energy" if model["blind_spot"] == 1 else "spectrum"
+        variance = "energy" if noise_model["blind_spot"] == 1 else "spectrum"
     if variance == "spectrum":
         scale = np.sqrt(np.maximum(s2, 1e-10))
-        kept, left = wiener(residual / scale, lambda h, w: noise.spectrum(model, h, w))
+        kept, left = wiener(residual / scale, lambda h, w: noise.spectrum(noise_model, h, w))
         return np.where(s2 > 0, mu + scale * kept, y), np.sqrt(s2 * left)
     if variance == "energy":  # in units of the noise, which may change across the window
         total = s2 * local_variance(residual / np.sqrt(np.maximum(s2, 1e-10)), 1.0)
@@ -122,14 +127,16 @@ def predict(args):
     """Writes the posterior mean and its standard deviation for every volume of args.pred to args.out."""
     noisy, means = data.read_volumes(args.data), data.read_matching(args.pred, args.data)
     spread = data.read_matching(args.pred, args.data, "std") if args.variance in ("predicted", "spread") else None
-    model = noise.given(args.noise, args.data, args.pred)
-    print(noise.summary(model), flush=True)
+    noise_model = measure.load_noise_model(args.noise, args.data, args.pred)
+    print(measure.summary(noise_model), flush=True)
 
-    def one(stack):  # what `estimate` looks at lies within 32 pixels: large slices go in tiles
+    def estimate_tile(stack):  # what `estimate` looks at lies within 32 pixels: large slices go in tiles
         y, mu, *deviation = stack[0].numpy()
-        return torch.from_numpy(np.stack(estimate(y, mu, model, args.variance, *deviation), dtype=np.float32))[None]
+        found = estimate(y, mu, noise_model, args.variance, *deviation)
+        return torch.from_numpy(np.stack(found, dtype=np.float32))[None]
 
-    with data.write_volumes(args.out, "prediction", "posterior", vars(args), like=args.pred, noise=model) as new_volume:
+    made_from = dict(like=args.pred, noise=noise_model)
+    with data.write_volumes(args.out, "prediction", "posterior", vars(args), **made_from) as new_volume:
         for name, mu in runtime.progress(means.items(), "posterior"):
             pred, std = new_volume(name, mu.shape, ["pred", "std"])
             factor = 1.0
@@ -138,7 +145,8 @@ def predict(args):
                 factor = data.rms_difference({name: noisy[name]}, {name: mu}) / max(energy, 1e-12) ** 0.5
             for s in range(mu.shape[0]):
                 stack = [noisy[name][s], mu[s], *([] if spread is None else [factor * spread[name][s]])]
-                pred[s], std[s] = data.tiled(one, torch.from_numpy(np.stack(stack))[None], 1024)[0].numpy()
+                stack = torch.from_numpy(np.stack(stack))[None]
+                pred[s], std[s] = data.tiled(estimate_tile, stack, 1024)[0].numpy()
     print(f"posterior: {len(means)} volumes -> {args.out}", flush=True)
 
 
@@ -149,15 +157,8 @@ def main(argv=None):
     p = runtime.parser(__doc__)
     p.add_argument("--data", required=True, help="dataset (.h5)")
     p.add_argument("--pred", required=True, help="prediction file (.h5) made from it")
-    p.add_argument(
-        "--noise",
-        default="measured",
-        help="measured; kind:level[:correlation], such as gaussian:6/255, poisson:200, gamma:100:1.2; "
-        "or a file of `noise.py measure` (default measured)",
-    )
-    p.add_argument(
-        "--variance", choices=("auto", "energy", "spectrum", "predicted", "spread"), default="auto", help="default auto"
-    )
+    p.add_argument("--noise", default="measured", help=measure.NOISE_HELP)
+    p.add_argument("--variance", choices=VARIANCES, default="auto", help="where V comes from, see above (default auto)")
     p.add_argument("--out", default="posterior_out.h5", help="prediction to write (default posterior_out.h5)")
     args = p.parse_args(argv)
     runtime.check_outputs([args.data, args.pred, args.noise], [args.out])

@@ -8,7 +8,7 @@
     python srds.py --cond bsn_out.h5
     python srds.py --cond bsn_out.h5 --mode single --steps 25 --split test --out single_out.h5
 
-Symbols: eps the starting noise, c the condition x_c, abar the cumulative alpha of Eq. 1, x_t the state, x0 the image.
+Symbols: eps is the starting noise, c the condition x_c, abar the cumulative alpha of Eq. 1, x_t the state.
 Sampling is DDIM with eta = 0 (Song et al. 2020; the paper cites [11] and means [37]): the start fixes the result.
 
     --mode single       one sample, from eps
@@ -26,7 +26,10 @@ import torch
 
 
 def timesteps(T, steps):
-    """`steps` timesteps from T-1 down, evenly spaced ("trailing": the first is the last that was trained)."""
+    """`steps` timesteps from T-1 down, evenly spaced ("trailing": sampling begins at the last that was trained).
+
+    Raises ValueError unless there are 1 to T of them.
+    """
     if not 1 <= steps <= T:
         raise ValueError(f"{steps} sampling steps: there are 1 to {T} timesteps")
     return [round(T - i * T / steps) - 1 for i in range(steps)]
@@ -36,8 +39,8 @@ def ddim(eps_model, x_T, c, abar, steps):
     """DDIM sampling, eta = 0, from x_T (B,C,H,W) at the last timestep to abar = 1; no clipping. Returns X (B,C,H,W).
 
     Args:
-        eps_model: any callable (x_t, c, t (B,)) to eps (B,C,H,W). c: condition, passed on. abar: (T,).
-    Source: Song et al. 2020, Eq. 12 with sigma = 0.
+        eps_model: any callable (x_t, c, t (B,)) to eps (B,C,H,W). c: condition, passed on to it. abar: (T,).
+    Raises ValueError as `timesteps` does. Source: Song et al. 2020, Eq. 12 with sigma = 0.
     """
     x, ts = x_T, timesteps(len(abar), steps)
     for t, following in zip(ts, [*ts[1:], None]):
@@ -64,59 +67,64 @@ import zlib
 
 import data
 import diffusion
-import runtime
+from lib import runtime, training
+
+MODES = ("single", "independent", "pair", "zero")
 
 
-def sample(eps_model, condition, noise, abar, mode, pairs, steps):
-    """(mean, std or None) of X for a batch; condition(k), noise(k): those of the k-th sample or pair (B,C,H,W)."""
-    c = condition(0)
+def sample(eps_model, c, noise, abar, mode, pairs, steps):
+    """(mean, std or None) of X for a batch of conditions c (B,C,H,W); noise(k): the k-th starting noise, like c."""
     if mode == "zero":
         return ddim(eps_model, torch.zeros_like(c), c, abar, steps), None
     if mode == "single":
         return ddim(eps_model, noise(0), c, abar, steps), None
     if mode == "independent":
-        c = torch.cat([c, condition(1)])
-        one, other = ddim(eps_model, torch.cat([noise(0), noise(1)]), c, abar, steps).chunk(2)
+        one, other = ddim(eps_model, torch.cat([noise(0), noise(1)]), torch.cat([c, c]), abar, steps).chunk(2)
         return (one + other) / 2, None
-    means, halves = zip(*(srds(eps_model, condition(k), noise(k), abar, steps) for k in range(pairs)))
+    means, halves = zip(*(srds(eps_model, c, noise(k), abar, steps) for k in range(pairs)))
     mean = torch.stack(means).mean(0)
     spread = torch.cat([torch.stack(means) - mean + s * torch.stack(halves) for s in (1, -1)])  # of all 2K samples
     return mean, spread.square().mean(0).sqrt()
 
 
+def warn_of_other_data(args, checkpoint):
+    """Says so if the conditions were not made from the noisy images that the model was trained on."""
+    trained_on, given = checkpoint["inputs"].get("data", {}), data.fingerprints(args.cond)
+    changed = [name for name in given if given[name] != trained_on.get(name, given[name])]
+    if changed:
+        runtime.print_once(f"srds: note: volume {changed[0]!r} of {args.cond} is not what {args.model} was trained on")
+
+
 @torch.inference_mode()
 def predict(args):
     """Samples every slice of args.cond (of one split, if asked) and writes args.out."""
-    where = runtime.device(args.device)
-    network, state = runtime.restore(diffusion.UNet, args.model, "diffusion", where)
-    form, abar = state["extra"], diffusion.alpha_bar(state["extra"]["T"])
-    steps = args.steps or form["sampling_steps"]
+    device = runtime.pick_device(args.device)
+    network, checkpoint = training.load_network(diffusion.UNet, args.model, "diffusion", device)
+    extra = checkpoint["extra"]
+    if extra["predict"] == "eps-direct" or extra.get("augment"):
+        raise ValueError(f"{args.model} is eps-direct or augmented: commit 4aced76 was the last to sample those")
+    abar, steps = diffusion.alpha_bar(extra["T"]), args.steps or extra["sampling_steps"]
     timesteps(len(abar), steps)
-    condition = data.read_volumes(args.cond, "pred", args.split, data.TO_PREDICT)
-    trained_on, given = state["inputs"].get("data", {}), data.fingerprints(args.cond)
-    changed = [name for name in given if given[name] != trained_on.get(name, given[name])]
-    if changed:
-        runtime.say(f"srds: note: volume {changed[0]!r} of {args.cond} is not what {args.model} was trained on")
-    runtime.say(f"srds: EMA weights of {args.model}, step {state['step']}; {args.mode}, {steps} steps")
-    eps_model = diffusion.eps_model(network, abar, form["predict"])
-    augment = 0.0 if args.mode == "zero" else form.get("augment", 0.0)
-    keys = ["pred", "std"] if args.mode == "pair" else ["pred"]
+    conditions = data.read_volumes(args.cond, "pred", args.split, data.TO_PREDICT)
+    warn_of_other_data(args, checkpoint)
+    runtime.print_once(f"srds: EMA weights of {args.model}, step {checkpoint['step']}; {args.mode}, {steps} steps")
+    eps_model = diffusion.eps_model(network, abar)
+    target, std = extra["target"], extra["std"]
 
-    def one(c, name, rows):
+    def sample_batch(c, name, rows):
         def noise(k):
             seeds = [(args.seed, zlib.crc32(name.encode()), s, k) for s in range(rows.start, rows.stop)]
-            return torch.stack([runtime.gaussian(runtime.step_rng(*s), *c.shape[1:]) for s in seeds]).to(where)
+            drawn = [runtime.gaussian(runtime.step_rng(*seed), *c.shape[1:]) for seed in seeds]
+            return torch.stack(drawn).to(device)
 
-        def given(k):  # as in training: with fresh noise on it, if it was trained so
-            return diffusion.scaled(c + augment * noise(k + 1_000_000) if augment else c)
+        c = c.to(device)
+        with runtime.autocast(device, args.precision):
+            mean, spread = sample(eps_model, diffusion.scaled(c), noise, abar, args.mode, args.pairs, steps)
+        mean = diffusion.to_image(mean, c, target, std)
+        return mean if spread is None else torch.cat([mean, spread * diffusion.unit(target, std)], 1)
 
-        c = c.to(where)
-        with runtime.autocast(where, args.precision):
-            mean, std = sample(eps_model, given, noise, abar, args.mode, args.pairs, steps)
-        mean = diffusion.to_image(mean, c, form)
-        return mean if std is None else torch.cat([mean, std * diffusion.unit(form)], 1)
-
-    data.write_predictions(args, "srds", args.cond, condition, one, keys, batch=args.batch)
+    keys = ["pred", "std"] if args.mode == "pair" else ["pred"]
+    data.write_predictions(args, "srds", args.cond, conditions, sample_batch, keys, batch=args.batch)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -127,17 +135,11 @@ def main(argv=None):
     p.add_argument("--cond", required=True, help="prediction file (.h5): the condition x_c of every slice")
     p.add_argument("--model", default="diffusion.pt", help="checkpoint of diffusion.py (default diffusion.pt)")
     p.add_argument("--out", default="srds_out.h5", help="prediction to write (default srds_out.h5)")
-    p.add_argument(
-        "--mode", choices=("single", "independent", "pair", "zero"), default="pair", help="default pair: SRDS"
-    )
-    p.add_argument(
-        "--pairs", type=runtime.positive, default=1, help="antithetic pairs to average (default 1, as the paper)"
-    )
+    p.add_argument("--mode", choices=MODES, default="pair", help="default pair: SRDS")
+    p.add_argument("--pairs", type=runtime.positive, default=1, help="pairs to average (default 1, as the paper)")
     p.add_argument("--steps", type=runtime.positive, help="DDIM steps (default: the preset the model was trained with)")
     p.add_argument("--split", choices=(*data.SPLITS, "all"), default="all", help="sample only this split (default all)")
-    p.add_argument(
-        "--batch", type=runtime.positive, default=4, help="slices at a time; a pair doubles them (default 4)"
-    )
+    p.add_argument("--batch", type=runtime.positive, default=4, help="slices at a time; pairs double them (default 4)")
     args = p.parse_args(argv)
     runtime.check_outputs([args.cond, args.model], [args.out])
     predict(args)

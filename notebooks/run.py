@@ -7,7 +7,7 @@
     python notebooks/run.py                         # all, in full; each that ran without error is rewritten
     python notebooks/run.py 02_why_it_works         # this one
     python notebooks/run.py --short --jobs 2        # with the short values and in a copy: nothing is written
-    python notebooks/run.py --check                 # nothing runs: are the outputs whole, and those of these cells?
+    python notebooks/run.py --check                 # nothing runs; tells what is stale, too long or wrong
 
 A cell that raises, and so a claim that does not hold, is one line with the notebook, the number of the code cell and
 the error; the other notebooks still run; exit code 1. So is every fault that --check finds. Short values are assigned
@@ -31,10 +31,11 @@ from nbclient.exceptions import CellExecutionError
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # the scripts stand one folder up
-import runtime
+from lib import runtime
 
-LARGEST = 400_000  # bytes of a notebook
-LONGEST = 1800  # seconds of a cell
+BYTES = 400_000  # of a notebook, at most
+LINES = 25  # of a code cell, at most
+SECONDS = 1800  # of a cell, at most
 
 
 def parameters(notebook):
@@ -72,7 +73,7 @@ def execute(path, short, folder, threads):
     if short:
         values = "\n".join(f"{name} = {value!r}" for name, value in notebook.metadata.get("short", {}).items())
         notebook.cells.insert(parameters(notebook) + 1, nbformat.v4.new_code_cell(values))
-    options = dict(kernel_name="python3", timeout=LONGEST, record_timing=False, coalesce_streams=True)
+    options = dict(kernel_name="python3", timeout=SECONDS, record_timing=False, coalesce_streams=True)
     options |= dict(extra_arguments=["--log-level=40"])  # a kernel's errors, not its warnings
     client = NotebookClient(notebook, resources={"metadata": {"path": str(folder)}}, **options)
     begun, began, error = [], time.monotonic(), None
@@ -102,7 +103,7 @@ def write(path, notebook, seconds):
     notebook.metadata = nbformat.from_dict({**kept, "language_info": {"name": "python"}, "seconds": round(seconds)})
     notebook = nbformat.reads(nbformat.writes(notebook), 4)
     notebook.metadata["source_sha256"] = digest(notebook)
-    with runtime.whole(path) as temporary:
+    with runtime.atomic_write(path) as temporary:
         temporary.write_text(nbformat.writes(notebook) + "\n")
 
 
@@ -126,8 +127,10 @@ def faults(path):
         found.append("an output names a folder of this machine")
     if [cell.execution_count for cell in code] != list(range(1, len(code) + 1)):
         found.append("its cells were not executed from first to last: execution counts are not 1 to n")
-    if path.stat().st_size > LARGEST:
-        found.append(f"{path.stat().st_size:,} bytes, more than {LARGEST:,}")
+    if path.stat().st_size > BYTES:
+        found.append(f"{path.stat().st_size:,} bytes, more than {BYTES:,}")
+    lengths = [len(cell.source.splitlines()) for cell in code]
+    found += [f"code cell {k} has {n} lines, more than {LINES}" for k, n in enumerate(lengths, 1) if n > LINES]
     if meta.get("kernelspec", {}).get("name") != "python3":
         found.append("its kernel is not python3")
     try:
@@ -169,7 +172,7 @@ def main(argv=None, folder=HERE):
     p.add_argument("names", nargs="*", metavar="NAME", help="notebooks (default all)")
     mode = p.add_mutually_exclusive_group()
     mode.add_argument("--short", action="store_true", help="with the short values, in a copy; writes nothing")
-    mode.add_argument("--check", action="store_true", help="runs nothing; tells what is stale or wrong")
+    mode.add_argument("--check", action="store_true", help="runs nothing; tells what is stale, too long or wrong")
     p.add_argument("--jobs", type=runtime.positive, default=1, help="notebooks at a time; they share the cores")
     args = p.parse_args(argv)
     paths = [folder / f"{Path(name).stem}.ipynb" for name in args.names] or sorted(folder.glob("*.ipynb"))

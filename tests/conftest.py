@@ -14,38 +14,11 @@ import noise
 ROOT = Path(__file__).parent.parent
 
 # Networks and runs of a few seconds: flags that every test run shares.
+SMALL = "--width 8 --steps 4 --batch 2 --crop 32".split()
 TINY = {
-    "bsn": [
-        "--width",
-        "8",
-        "--enc-blocks",
-        "1",
-        "--middle-blocks",
-        "1",
-        "--steps",
-        "4",
-        "--batch",
-        "2",
-        "--crop",
-        "32",
-    ],
-    "diffusion": ["--width", "8", "--mult", "1", "2", "--blocks", "1", "--steps", "4", "--batch", "2", "--crop", "32"],
-    "distill": [
-        "--width",
-        "8",
-        "--enc-blocks",
-        "1",
-        "--middle-blocks",
-        "1",
-        "--dec-blocks",
-        "1",
-        "--steps",
-        "4",
-        "--batch",
-        "2",
-        "--crop",
-        "32",
-    ],
+    "bsn": [*SMALL, "--enc-blocks", "1", "--middle-blocks", "1"],
+    "diffusion": [*SMALL, "--mult", "1", "2", "--blocks", "1"],
+    "distill": [*SMALL, "--enc-blocks", "1", "--middle-blocks", "1", "--dec-blocks", "1"],
 }
 
 
@@ -68,16 +41,8 @@ def make_dataset(path, seed=0, sizes=((3, 48, 40), (2, 37, 53)), clean=True):
         for k, (size, split) in enumerate(zip(sizes, ("train", "test"))):
             x = ellipses(rng, *size)
             y = np.stack([noise.add(s, "gaussian", 6 / 255, 0, rng) for s in x])
-            kept = add(
-                f"v{k}",
-                x.shape,
-                ["noisy", "clean"] if clean else ["noisy"],
-                split=split,
-                scale=1.0,
-                offset=0.0,
-                source="ellipses",
-                fingerprint=data.fingerprint(y),
-            )
+            attrs = dict(split=split, scale=1.0, offset=0.0, source="ellipses", fingerprint=data.fingerprint(y))
+            kept = add(f"v{k}", x.shape, ["noisy", "clean"] if clean else ["noisy"], **attrs)
             for array, values in zip(kept, (y, x)):
                 array[:] = values
     return path
@@ -90,10 +55,16 @@ def collect_refusals(said, folder):
             file.writelines(f"    {line}\n" for line in said.replace(f"{folder}/", "").splitlines())
 
 
+def command(script, *flags):
+    """The command line of a script of the project; "experiments.demo" is the module of that name."""
+    target = ["-m", script] if "." in script else [str(ROOT / f"{script}.py")]
+    return [sys.executable, *target, *map(str, flags)]
+
+
 def run(script, *flags, cwd, env=None):
     """Runs a script of the project in a process of its own; returns it finished, with its output as text."""
-    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+    env = {**(env or os.environ), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command(script, *flags), cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
     if done.returncode:
         collect_refusals(done.stderr, cwd)
     return done
@@ -115,5 +86,5 @@ def made(tmp_path_factory):
     ok("diffusion", "--data", "knee.h5", "--cond", "bsn_out.h5", *TINY["diffusion"], cwd=folder)
     ok("srds", "--cond", "bsn_out.h5", "--steps", "2", cwd=folder)
     ok("distill", "--data", "knee.h5", "--target", "srds_out.h5", *TINY["distill"], cwd=folder)
-    ok("baselines", "--data", "knee.h5", cwd=folder)
+    ok("experiments.baselines", "--data", "knee.h5", cwd=folder)
     return folder

@@ -6,10 +6,11 @@ import torch
 from conftest import TINY, ellipses, make_dataset, ok, run
 from skimage.restoration import denoise_nl_means, denoise_tv_chambolle
 
-import baselines
 import data
+import distill
 import noise
 from evaluate import psnr_ssim
+from experiments import baselines
 
 
 def small_network(channels=4):
@@ -55,7 +56,7 @@ def test_neighbor2neighbor_loss_pixel_by_pixel():
     first, second = baselines.neighbors(6, 8, np.random.default_rng(1))
     with torch.no_grad():
         loss = baselines.neighbor2neighbor_loss(network, y, first, second, 1.7)
-        whole, half = network(y), torch.zeros(2, 1, 3, 4, dtype=torch.double)
+        denoised, half = network(y), torch.zeros(2, 1, 3, 4, dtype=torch.double)
         for i, j in np.ndindex(3, 4):
             half[:, :, i, j] = y[:, :, first[i, j] // 8, first[i, j] % 8]
         out, fidelity, regular = network(half), 0, 0
@@ -63,7 +64,7 @@ def test_neighbor2neighbor_loss_pixel_by_pixel():
             (r1, c1), (r2, c2) = divmod(int(first[i, j]), 8), divmod(int(second[i, j]), 8)
             d = float(out[b, 0, i, j] - y[b, 0, r2, c2])
             fidelity += d**2
-            regular += (d - float(whole[b, 0, r1, c1] - whole[b, 0, r2, c2])) ** 2
+            regular += (d - float(denoised[b, 0, r1, c1] - denoised[b, 0, r2, c2])) ** 2
     assert abs(float(loss) - 100 * (fidelity + 1.7 * regular) / 24) < 1e-5 * float(loss)  # float32 inside
 
 
@@ -108,10 +109,10 @@ def test_calibration_finds_the_strength():
 def test_trains_predicts_and_resumes(tmp_path, method):
     make_dataset(tmp_path / "knee.h5")
     flags = ["--data", "knee.h5", "--method", method, *TINY["distill"]]
-    ok("baselines", *flags, cwd=tmp_path)
-    ok("baselines", *flags, "--stop-at", "2", "--model", "b.pt", "--out", "b.h5", cwd=tmp_path)
+    ok("experiments.baselines", *flags, cwd=tmp_path)
+    ok("experiments.baselines", *flags, "--stop-at", "2", "--model", "b.pt", "--out", "b.h5", cwd=tmp_path)
     rest = ["--data", "knee.h5", "--method", method, "--resume", "--model", "b.pt", "--out", "b.h5"]
-    ok("baselines", *rest, cwd=tmp_path)
+    ok("experiments.baselines", *rest, cwd=tmp_path)
     one, other = (data.read_volumes(tmp_path / name, "pred") for name in (f"{method}_out.h5", "b.h5"))
     assert all((one[name] == other[name]).all() for name in one)
     wrong = run("bsn", "--data", "knee.h5", "--predict", "--model", "b.pt", cwd=tmp_path)
@@ -122,23 +123,26 @@ def test_trains_predicts_and_resumes(tmp_path, method):
 def test_published_settings_run(tmp_path, method):
     make_dataset(tmp_path / "knee.h5")
     flags = ["--preset", "paper", "--width", "4", "--steps", "2", "--batch", "1", "--crop", "32"]
-    ok("baselines", "--data", "knee.h5", "--method", method, *flags, cwd=tmp_path)
-    ok("baselines", "--data", "knee.h5", "--method", method, "--resume", "--steps", "3", cwd=tmp_path)
+    ok("experiments.baselines", "--data", "knee.h5", "--method", method, *flags, cwd=tmp_path)
+    ok("experiments.baselines", "--data", "knee.h5", "--method", method, "--resume", "--steps", "3", cwd=tmp_path)
 
 
 def test_schedules():
-    steps = {"halved": [1, 0.5, 0.25, 0.125, 0.0625], "constant": [1] * 5}
-    for schedule, expected in steps.items():
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        scheduler, rates = baselines.scheduler_of(optimizer, schedule, 10), []
-        for _ in range(10):
-            rates.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            scheduler.step()
-        assert rates == [rate for rate in expected for _ in range(2)]
+    assert [baselines.halved(step, 10) for step in range(11)] == [
+        factor for factor in (1, 0.5, 0.25, 0.125, 0.0625) for _ in range(2)
+    ] + [0.0625]
+    assert baselines.constant(7, 10) == 1
+
+
+def test_fast_is_the_student_s():
+    """Preset `fast` compares ways of training: network, optimizer and number of steps are those of distill.py."""
+    for preset in baselines.PRESETS.values():
+        own = preset["fast"]
+        shared = {k: v for k, v in distill.PRESETS["fast"].items() if k in own and k != "crop"}
+        assert len(shared) == 11 and shared == {k: own[k] for k in shared}
 
 
 def test_wrong_flags_are_refused(tmp_path):
     make_dataset(tmp_path / "knee.h5")
-    done = run("baselines", "--data", "knee.h5", "--method", "tv", "--sigma", "0.1", cwd=tmp_path)
+    done = run("experiments.baselines", "--data", "knee.h5", "--method", "tv", "--sigma", "0.1", cwd=tmp_path)
     assert done.returncode == 2 and "--sigma and --noise are for --method nlm" in done.stderr

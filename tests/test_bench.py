@@ -7,47 +7,53 @@ import pytest
 import torch
 from conftest import ok
 
-import bench
 import data
-import runtime
+from experiments import bench, bench_variants
+from lib import runtime
 
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_the_two_samplers_agree(monkeypatch, steps):
     """The loop over the scheduler of `diffusers`, two passes, and ours: the same image from the same network."""
-    monkeypatch.setattr(bench, "precision", lambda form, where: runtime.autocast(where, "float32"))
-    where, out, network_of = torch.device("cpu"), [], bench.network_of
+    build, out = bench_variants.build, []
 
     def shaken(*args):  # a new network gives 0 for every input
-        network, rng = network_of(*args), torch.Generator().manual_seed(1)
+        network, rng = build(*args), torch.Generator().manual_seed(1)
         for p in network.parameters():
             p.data += 0.02 * torch.randn(p.shape, generator=rng)
         return network
 
-    monkeypatch.setattr(bench, "network_of", shaken)
-    for form in (bench.OURS, bench.SAME):
+    monkeypatch.setattr(bench_variants, "build", shaken)
+    monkeypatch.setattr(bench_variants, "autocast", lambda variant, device: runtime.autocast(device, "float32"))
+    for variant in (bench_variants.OURS, bench_variants.SAME):
         torch.manual_seed(0)
-        made = bench.sampler("fast", form, steps, where, side=32)
-        out.append(made())
+        out.append(bench_variants.sampler("fast", variant, steps, torch.device("cpu"), side=32)())
     assert out[0].std() > 1e-3
     torch.testing.assert_close(*out, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("form", [bench.OURS, bench.SAME, bench.PLAIN])
-def test_training_steps_learn(form):
-    """Every form of the student's training step lowers the loss."""
+@pytest.mark.parametrize("variant", [bench_variants.OURS, bench_variants.SAME, bench_variants.PLAIN])
+def test_training_steps_learn(variant):
+    """Every variant of the student's training step lowers the loss."""
     stacks = [{"x": x} for x in np.random.default_rng(0).random((2, 4, 40, 40), dtype=np.float32)]
     stacks[1]["x"] *= 0.5
-    _, step = bench.trainer("fast", "student of `fast`", form, stacks, 2, 32, torch.device("cpu"))
+    name, device = bench_variants.STUDENT, torch.device("cpu")
+    _, step = bench_variants.trainer("fast", name, variant, stacks, 2, 32, device)
     losses = [step().item() for _ in range(12)]
     assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])
+
+
+def test_operations_of_a_convolution():
+    """One 3x3 convolution of 4 to 8 channels: two operations for each weight and pixel."""
+    conv = torch.nn.Conv2d(4, 8, 3, padding=1)
+    assert bench.operations(lambda: conv(torch.rand(1, 4, 10, 10))) * 1e9 == 2 * 4 * 8 * 9 * 100
 
 
 def test_sections(made, tmp_path):
     """The student's PSNR is that of its prediction file; sections of another run are kept."""
     flags = ["--preset", "fast", "--repeats", 1, "--data", made / "knee.h5", "--student", made / "student.pt"]
-    ok("bench", *flags, "--sections", "crops", cwd=tmp_path)
-    said = ok("bench", *flags, "--sections", "student", cwd=tmp_path).stdout
+    ok("experiments.bench", *flags, "--sections", "crops", cwd=tmp_path)
+    said = ok("experiments.bench", *flags, "--sections", "student", cwd=tmp_path).stdout
     found = json.loads((tmp_path / "bench.json").read_text())
     rows = {row["method"]: row for row in found["student"]}
     assert "| wavelet |" in said and all(row["ms_512"] > 0 for row in rows.values())

@@ -12,8 +12,7 @@ from conftest import make_dataset, ok, run
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 import data
-import formats
-import imports
+from lib import files, formats
 
 
 def test_contract(made):
@@ -32,7 +31,7 @@ def test_contract(made):
         assert {n: v["split"] for n, v in volumes.items()} == {"v0": "train", "v1": "test"}
         for volume, pred in data.read_volumes(made / name, "pred").items():
             assert pred.shape == dataset[volume].shape and pred.dtype == np.float32
-    assert not list(made.glob("*.tmp*")) and not list(made.glob("*.part"))
+    assert not list(made.glob("*.tmp*"))
 
 
 def test_failed_writing_leaves_nothing(tmp_path):
@@ -72,7 +71,7 @@ def test_crops():
 
 def test_blocks_are_contiguous_and_complete():
     for count in (10, 123, 192):
-        parts = imports.blocks(count, [0.8, 0.1, 0.1])
+        parts = data.blocks(count, [0.8, 0.1, 0.1])
         assert [p[1] for p in parts[1:]] == [p[2] for p in parts[:-1]] and parts[0][1] == 0 and parts[-1][2] == count
         assert [p[0] for p in parts] == ["train", "val", "test", "train"]
 
@@ -130,15 +129,15 @@ def test_built_in_brain():
 
 
 def test_split_shares():
-    assert imports.blocks(15, [0, 0.5, 0.5]) == [("val", 0, 8), ("test", 8, 15)]
-    assert imports.blocks(15, [1.0, 0, 0]) == [("train", 0, 15)]
+    assert data.blocks(15, [0, 0.5, 0.5]) == [("val", 0, 8), ("test", 8, 15)]
+    assert data.blocks(15, [1.0, 0, 0]) == [("train", 0, 15)]
 
 
 def test_patches_are_the_centred_grid():
     image = np.arange(320 * 320, dtype=np.float32).reshape(1, 320, 320)
-    assert np.array_equal(imports.patches(image, 300)[0], image[0, 10:310, 10:310])  # fastMRI: the centre crop
-    assert imports.patches(np.zeros((2, 650, 320)), 300).shape == (4, 300, 300)
-    assert imports.patches(np.zeros((1, 256, 320)), 300).shape == (1, 256, 300)  # no pixel is made up
+    assert np.array_equal(files.patches(image, 300)[0], image[0, 10:310, 10:310])  # fastMRI: the centre crop
+    assert files.patches(np.zeros((2, 650, 320)), 300).shape == (4, 300, 300)
+    assert files.patches(np.zeros((1, 256, 320)), 300).shape == (1, 256, 300)  # no pixel is made up
 
 
 def test_show(made):

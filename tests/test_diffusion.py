@@ -1,7 +1,5 @@
 """Stage 2: schedule, loss, network."""
 
-import math
-
 import diffusers
 import pytest
 import torch
@@ -26,21 +24,17 @@ def test_schedule_ends_in_noise_and_keeps_its_beginning():
     assert full[0] > 0.999 and (full.diff() < 0).all()
 
 
-@pytest.mark.parametrize("predict", ["eps", "eps-direct", "v"])
+@pytest.mark.parametrize("predict", ["eps", "v"])
 def test_loss_is_zero_for_the_truth_and_one_for_one(predict):
     """Eqs. 1-2 from the outside: a network that undoes Eq. 1 has no loss; one that is off by 1 has loss 1."""
     torch.manual_seed(0)
-    x0, eps, abar, t = (
-        torch.randn(6, 1, 8, 8),
-        torch.randn(6, 1, 8, 8),
-        alpha_bar(1000),
-        torch.tensor([0, 3, 100, 500, 800, 980]),
-    )
+    x0, eps = torch.randn(2, 6, 1, 8, 8)
+    abar, t = alpha_bar(1000), torch.tensor([0, 3, 100, 500, 800, 980])
     a = abar.float()[t].view(-1, 1, 1, 1)
 
     def knows(x_t, c, t, offset=0.0):
         e = (x_t - a.sqrt() * x0) / (1 - a).sqrt()
-        return (e if predict == "eps-direct" else (e - (1 - a).sqrt() * x_t) / a.sqrt()) + offset
+        return (e - (1 - a).sqrt() * x_t) / a.sqrt() + offset
 
     def loss(network):
         return diffusion_loss(network, x0, x0, abar, t, eps, predict).item()
@@ -49,7 +43,7 @@ def test_loss_is_zero_for_the_truth_and_one_for_one(predict):
     weight = a.sqrt().mean().item() if predict == "eps" else 1  # an error of v counts sqrt(abar) in eps
     assert loss(lambda *z: knows(*z, offset=1.0)) == pytest.approx(weight, abs=2e-3)
     torch.testing.assert_close(  # and what was trained is what is sampled
-        eps_model(knows, abar, predict)(a.sqrt() * x0 + (1 - a).sqrt() * eps, None, t), eps, rtol=0, atol=2e-3
+        eps_model(knows, abar)(a.sqrt() * x0 + (1 - a).sqrt() * eps, None, t), eps, rtol=0, atol=2e-3
     )
 
 
@@ -58,7 +52,7 @@ def test_v_and_eps_say_the_same():
     x0, eps = torch.randn(3, 1, 4, 4), torch.randn(3, 1, 4, 4)
     a = abar.float()[t].view(-1, 1, 1, 1)
     x_t, v = a.sqrt() * x0 + (1 - a).sqrt() * eps, diffusion.velocity(x0, eps, a)
-    torch.testing.assert_close(eps_model(lambda *_: v, abar, "v")(x_t, None, t), eps, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(eps_model(lambda *_: v, abar)(x_t, None, t), eps, rtol=1e-4, atol=1e-4)
 
 
 def test_published_sizes():
@@ -90,9 +84,11 @@ def test_any_size_from_16(kw):
 
 def test_x_and_image_are_inverse():
     y, c = torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4)
-    for form in (dict(target="image", std=0.03), dict(target="residual", std=0.03)):
-        torch.testing.assert_close(diffusion.to_image(diffusion.to_x(y, c, form), c, form), y)
-    assert math.isclose(diffusion.unit(dict(target="image")), 0.5)
+    for target in ("image", "residual"):
+        x = diffusion.to_x(y, c, target, 0.03)
+        torch.testing.assert_close(diffusion.to_image(x, c, target, 0.03), y)
+        one = diffusion.to_x(y + diffusion.unit(target, 0.03), c, target, 0.03) - x
+        torch.testing.assert_close(one, torch.ones_like(y), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("blind_spot", [1, 5, 9])
@@ -124,14 +120,17 @@ def test_mask_counts_only_its_pixels():
     x0, eps, t = torch.randn(2, 1, 8, 8), torch.randn(2, 1, 8, 8), torch.tensor([5, 500])
     mask = torch.zeros(2, 1, 8, 8)
     mask[..., :3] = 1
-    net = lambda x, c, t: torch.zeros_like(x)  # noqa: E731
+
+    def net(x, c, t):
+        return torch.zeros_like(x)
+
     whole = [diffusion_loss(net, x0, x0, alpha_bar(), t, eps, "v", m) for m in (None, mask, 1 - mask)]
     share = mask.mean()
     torch.testing.assert_close(whole[1] * share + whole[2] * (1 - share), whole[0])
 
 
-def test_hidden_and_augmented_commands(tmp_path):
-    """Every blind spot's hidden classes; the augmentation is remembered, and each pair has its own."""
+def test_hidden_command(tmp_path):
+    """Every blind spot's hidden pixels; each pair has noise of its own."""
     make_dataset(tmp_path / "knee.h5")
     for blind_spot in (1, 9):
         ok("bsn", "--data", "knee.h5", "--hidden", "--blind-spot", blind_spot, *TINY["bsn"], cwd=tmp_path)
@@ -143,10 +142,6 @@ def test_hidden_and_augmented_commands(tmp_path):
         if blind_spot == 1:  # a hidden pixel is predicted from the same surroundings but for the other hidden ones
             plain = data.read_volumes(tmp_path / "bsn_out.h5", "pred", names=["v0"])["v0"]
             assert 0 < max(abs(c["v0"] - plain).max() for c, _ in classes) < 0.5
-    done = run(
-        "diffusion", *flags, "--condition", "augmented", "--noise", "gaussian:0.1", "--augment", 0.5, cwd=tmp_path
-    )
-    assert "noise of 0.0500 is added" in done.stdout
     for mode in ("pair", "zero", "single", "independent"):
         ok("srds", "--cond", "bsn_out.h5", "--mode", mode, "--out", f"{mode}.h5", cwd=tmp_path)
     ok("srds", "--cond", "bsn_out.h5", "--pairs", 2, "--out", "pairs.h5", cwd=tmp_path)
@@ -167,3 +162,13 @@ def test_a_condition_that_is_the_noisy_image_is_refused(made, tmp_path):
     assert (
         done.returncode == 2 and "holds the noisy images of" in done.stderr and not (tmp_path / "diffusion.pt").exists()
     )
+
+
+@pytest.mark.parametrize("change", [dict(predict="eps-direct"), dict(augment=0.02)])
+def test_a_model_of_a_kind_that_is_gone_is_refused(made, tmp_path, change):
+    """Checkpoints of the deleted forms are named as such, and not sampled wrongly."""
+    state = torch.load(made / "diffusion.pt", weights_only=True)
+    state["extra"] |= change
+    torch.save(state, tmp_path / "old.pt")
+    done = run("srds", "--cond", made / "bsn_out.h5", "--model", "old.pt", cwd=tmp_path)
+    assert done.returncode == 2 and "commit 4aced76 was the last to sample those" in done.stderr

@@ -97,7 +97,10 @@ def test_recorruption_loss_is_the_supervised_loss_without_the_clean_image():
         x = torch.from_numpy(x)
         losses = []
         for a in (0.0, 0.5, 1.0):
-            f = lambda u, a=a: (1 - a) * u + a * torch.nn.functional.avg_pool2d(u, 3, 1, 1)  # noqa: E731
+
+            def f(u, a=a):
+                return (1 - a) * u + a * torch.nn.functional.avg_pool2d(u, 3, 1, 1)
+
             # strength 0.01: what the noise has more of in f(y + az) than in f(y) is then below the sampling error
             losses.append((recorruption_loss(f, y, z, 0.01), (10 * (f(y) - x)).square().mean()))
         for k in (1, 2):
@@ -129,18 +132,8 @@ def test_recorrupted_training(made, tmp_path):
     whole, parts = (torch.load(tmp_path / f, weights_only=True) for f in ("whole.pt", "parts.pt"))
     assert whole["extra"]["noise"]["variance"] == [0, 1 / 200, 0]
     assert all(torch.equal(whole["ema"][k], parts["ema"][k]) for k in whole["ema"])
-    refine = [
-        "--pred",
-        made / "bsn_out.h5",
-        "--init",
-        "whole.pt",
-        "--model",
-        "refined.pt",
-        "--out",
-        "refined.h5",
-        "--lr",
-        0,
-    ]
+    refine = ["--pred", made / "bsn_out.h5", "--init", "whole.pt", "--model", "refined.pt", "--out", "refined.h5"]
+    refine += ["--lr", 0]
     ok("distill", *flags, *refine, "--split", "test", cwd=tmp_path)
     assert list(data.read_volumes(tmp_path / "refined.h5", "pred")) == ["v1"]
     refined = torch.load(tmp_path / "refined.pt", weights_only=True)["ema"]

@@ -7,10 +7,10 @@ import pytest
 from conftest import ellipses, ok
 from scipy.ndimage import gaussian_filter
 
-import baselines
 import data
 import evaluate
 import noise
+from experiments import baselines
 
 
 def test_psnr_is_not_clipped_and_has_range_one():
@@ -44,19 +44,8 @@ def test_comparisons():
 
 
 def test_command(made):
-    out = ok(
-        "evaluate",
-        "--data",
-        "knee.h5",
-        "--pred",
-        "bsn_out.h5",
-        "pair=srds_out.h5",
-        "--json",
-        "r.json",
-        "--figure",
-        "r.png",
-        cwd=made,
-    )
+    flags = ["--pred", "bsn_out.h5", "pair=srds_out.h5", "--json", "r.json", "--figure", "r.png"]
+    out = ok("evaluate", "--data", "knee.h5", *flags, cwd=made)
     results = json.loads((made / "r.json").read_text())
     assert list(results) == ["noisy", "bsn", "pair"]
     assert set(results["bsn"]) == {"psnr", "psnr_sd", "ssim", "ssim_sd", "leak", "n", "p"}

@@ -2,6 +2,8 @@
 
 import gzip
 import struct
+import subprocess
+import sys
 import zlib
 
 import h5py
@@ -11,13 +13,13 @@ import numpy as np
 import pydicom
 import pytest
 import tifffile
-from conftest import collect_refusals
+import torch
+from conftest import ROOT, collect_refusals
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
-import apply
-import formats
-import formats_dicom
+from lib import files, formats
+from lib.formats import dicom as dicom_format
 
 RNG = np.random.default_rng(0)
 
@@ -32,11 +34,11 @@ def stack(dtype, shape=(5, 20, 24)):
     return values
 
 
-def through(folder, denoise=lambda y: y.clone(), **flags):
+def through(folder, denoise=torch.clone):
     """Sends folder/in through a denoiser to folder/out; returns the problems."""
-    jobs, problems = apply.plan([folder / "in"], folder / "out")
+    jobs, problems = files.plan([folder / "in"], folder / "out")
     (folder / "work").mkdir(exist_ok=True)
-    apply.run(jobs, denoise, "a test", folder / "work", problems, **flags)
+    files.denoise_files(jobs, denoise, "a test", folder / "work", problems)
     collect_refusals("\n".join(problems), folder)
     return problems
 
@@ -47,12 +49,11 @@ def there(tmp_path):
     return tmp_path
 
 
-def dicom(path, pixels, number=0, bits=12, inverted=False, frames=None, syntax=ExplicitVRLittleEndian, **tags):
+def dicom(path, pixels, number=0, bits=12, inverted=False, syntax=ExplicitVRLittleEndian, **tags):
+    """Slice `number` of a series, or a file with NumberOfFrames; tags: others, or None for those to leave out."""
     ds = pydicom.Dataset()
     ds.file_meta = pydicom.dataset.FileMetaDataset()
-    ds.file_meta.TransferSyntaxUID = (
-        ImplicitVRLittleEndian if syntax == ImplicitVRLittleEndian else ExplicitVRLittleEndian
-    )
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if syntax == RLELossless else syntax
     ds.SOPClassUID, ds.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.4", f"1.2.3.4.{number + 1}"
     ds.file_meta.MediaStorageSOPClassUID, ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPClassUID, ds.SOPInstanceUID
     ds.SeriesInstanceUID, ds.StudyInstanceUID, ds.InstanceNumber = "1.2.3", "1.2", 100 - number
@@ -62,10 +63,8 @@ def dicom(path, pixels, number=0, bits=12, inverted=False, frames=None, syntax=E
     ds.SamplesPerPixel, ds.PixelRepresentation = 1, int(pixels.dtype.kind == "i")
     ds.BitsAllocated, ds.BitsStored, ds.HighBit = 8 * pixels.dtype.itemsize, bits, bits - 1
     ds.PhotometricInterpretation = "MONOCHROME1" if inverted else "MONOCHROME2"
-    if frames:
-        ds.NumberOfFrames = frames
     for name, value in tags.items():
-        setattr(ds, name, value)
+        setattr(ds, name, value) if value is not None else delattr(ds, name)
     ds.PixelData = pixels.tobytes() + b"\0" * (pixels.nbytes % 2)
     ds["PixelData"].VR = "OW"
     if syntax == RLELossless:
@@ -146,7 +145,7 @@ def test_compressed_dicom(there, syntax):
 
 def test_dicom_multiframe_and_series(there):
     """Frames in one file; two series in a folder; a report without pixels is named; PET's slopes differ."""
-    dicom(there / "in" / "cine.dcm", stack("u2") >> 4, frames=5, SeriesInstanceUID="1.9")
+    dicom(there / "in" / "cine.dcm", stack("u2") >> 4, NumberOfFrames=5, SeriesInstanceUID="1.9")
     raw = stack("u2") >> 4
     for s in range(5):
         dicom(there / "in" / f"pet{s}.dcm", raw[s], s, RescaleSlope=str(0.5 + s), RescaleIntercept="0")
@@ -177,24 +176,15 @@ def test_dicom_multiframe_and_series(there):
     ],
 )
 def test_dicom_that_would_come_out_wrong_is_refused(there, damage, says):
-    path = there / "in" / "a.dcm"
-    dicom(path, stack("u2")[0] >> 4)
-    ds = pydicom.dcmread(path)
-    for name, value in damage.items():
-        setattr(ds, name, value) if value is not None else delattr(ds, name)
-    ds.save_as(path)
+    dicom(there / "in" / "a.dcm", stack("u2")[0] >> 4, **damage)
     (problem,) = through(there)
     assert says in problem and not (there / "out").exists()
 
 
 def test_dicom_without_optional_tags(there):
     """One value as ImageType, no position, no series: still a valid derived object."""
-    path = there / "in" / "a.dcm"
-    dicom(path, stack("u2")[0] >> 4)
-    ds = pydicom.dcmread(path)
-    ds.ImageType = "ORIGINAL"
-    del ds.SeriesInstanceUID, ds.ImagePositionPatient, ds.InstanceNumber
-    ds.save_as(path)
+    tags = dict(ImageType="ORIGINAL", SeriesInstanceUID=None, ImagePositionPatient=None, InstanceNumber=None)
+    dicom(there / "in" / "a.dcm", stack("u2")[0] >> 4, **tags)
     assert through(there) == []
     out = pydicom.dcmread(there / "out" / "a.dcm")
     assert list(out.ImageType) == ["DERIVED", "SECONDARY"] and out.SeriesInstanceUID.is_valid
@@ -231,19 +221,15 @@ def test_integers_are_rounded_and_saturate(there):
 def test_nifti_round_trip(there, dtype, shape, ending):
     """The same file: header with scaling, affine and extensions, byte order, data."""
     affine = np.array([[0, -2.0, 0, 7], [1.5, 0, 0, -3], [0, 0, 4, 5], [0, 0, 0, 1]])
-    values = stack(np.dtype(dtype).newbyteorder("="), shape)
-    image = nibabel.Nifti1Image(values, affine)
-    if dtype.startswith(">"):
-        image = nibabel.Nifti1Image(values.astype(dtype), affine, nibabel.Nifti1Header(endianness=">"))
-        image.header.set_data_dtype(">i2")
+    values, order = stack(np.dtype(dtype).newbyteorder("="), shape), ">" if dtype.startswith(">") else "<"
+    image = nibabel.Nifti1Image(values.astype(dtype), affine, nibabel.Nifti1Header(endianness=order))
+    image.header.set_data_dtype(dtype)
     image.header["descrip"] = b"a scanner"
     image.header.extensions.append(nibabel.nifti1.Nifti1Extension("comment", b"kept"))
     path = there / "in" / f"head.{ending}"
     nibabel.save(image, path)
     raw = (gzip.decompress if ending.endswith("gz") else bytes)(path.read_bytes())
-    raw = (
-        raw[:112] + struct.pack((">" if dtype.startswith(">") else "<") + "ff", 2.5, -7) + raw[120:]
-    )  # scl_slope, inter
+    raw = raw[:112] + struct.pack(f"{order}ff", 2.5, -7) + raw[120:]  # the slope and the intercept
     path.write_bytes(gzip.compress(raw) if ending.endswith("gz") else raw)
     assert through(there) == []
     out = (there / "out" / path.name).read_bytes()
@@ -279,23 +265,23 @@ def test_std_beside_the_image(there):
     raw[112:120] = struct.pack("<ff", 2.5, -7)
     (there / "in/a.nii").write_bytes(raw)
     np.save(there / "in/b.npy", stack("u2"))
-    jobs, problems = apply.plan([there / "in"], there / "out", std=True)
+    jobs, problems = files.plan([there / "in"], there / "out", std=True)
     (there / "work").mkdir()
-    std = lambda k, volumes: [np.full(v.slices.shape, 3.0) for v in volumes]  # noqa: E731
-    apply.run(jobs, lambda y: y.clone(), "a test", there / "work", problems, std=std)
+
+    def std(k, volumes):
+        return [np.full(v.slices.shape, 3.0) for v in volumes]
+
+    files.denoise_files(jobs, torch.clone, "a test", there / "work", problems, std=std)
     out = nibabel.load(there / "out/a.nii_std.nii")
     assert not problems and out.shape == image.shape and np.allclose(out.get_fdata(), 7.5)
     assert (tifffile.imread(there / "out/b.npy_std.tif") == 3).all()
 
 
 @pytest.mark.parametrize("dtype", ["u1", "u2", "i2", "f4"])
-@pytest.mark.parametrize(
-    "compression, photometric", [(None, "minisblack"), ("zlib", "miniswhite"), ("lzw", "minisblack")]
-)
-def test_tiff_round_trip(there, dtype, compression, photometric):
-    values = stack(dtype)
-    flags = dict(resolution=(300, 150), resolutionunit="CENTIMETER", description="kept", metadata=None)
-    tifffile.imwrite(there / "in" / "a.tif", values, compression=compression, photometric=photometric, **flags)
+@pytest.mark.parametrize("flags", [{}, dict(compression="zlib", photometric="miniswhite"), dict(compression="lzw")])
+def test_tiff_round_trip(there, dtype, flags):
+    flags = dict(photometric="minisblack", description="kept", metadata=None) | flags
+    tifffile.imwrite(there / "in" / "a.tif", stack(dtype), resolution=(300, 150), resolutionunit="CENTIMETER", **flags)
     assert through(there) == []
     with tifffile.TiffFile(there / "in" / "a.tif") as a, tifffile.TiffFile(there / "out" / "a.tif") as b:
         assert np.array_equal(a.asarray(), b.asarray()) and a.asarray().dtype == b.asarray().dtype
@@ -340,13 +326,9 @@ def test_picture_round_trip(there):
     Image.fromarray(grey).save(there / "in" / "e.jpg")
     Image.fromarray(grey).save(there / "in" / "f.bmp")
     assert through(there) == []
-    for name in "abcd":
-        a, b = (Image.open(there / f / f"{name}.png") for f in ("in", "out"))
-        assert (
-            a.mode == b.mode and np.array_equal(np.asarray(a), np.asarray(b)) and a.info.get("dpi") == b.info.get("dpi")
-        )
-    for name, out in (("e.jpg", "e.jpg.png"), ("f.bmp", "f.bmp")):
-        a, b = Image.open(there / "in" / name), Image.open(there / "out" / out)
+    for path in (there / "in").iterdir():
+        a, b = Image.open(path), Image.open(there / "out" / path.name.replace(".jpg", ".jpg.png"))
+        assert a.mode == b.mode and a.info.get("dpi") == b.info.get("dpi")
         assert np.array_equal(np.asarray(a), np.asarray(b))
 
 
@@ -367,10 +349,8 @@ def test_numpy_round_trip(there):
 def fastmri(path, images, acquisition="AXT2", kspace=None):
     with h5py.File(path, "w") as file:
         file.attrs["acquisition"], file.attrs["max"] = acquisition, 1.0
-        header = (
-            "<h><encoding><reconSpace><matrixSize><x>16</x><y>20</y><z>1</z></matrixSize></reconSpace></encoding></h>"
-        )
-        file["ismrmrd_header"] = header
+        size = "<reconSpace><matrixSize><x>16</x><y>20</y><z>1</z></matrixSize></reconSpace>"
+        file["ismrmrd_header"] = f"<h><encoding>{size}</encoding></h>"
         if images is not None:
             file["reconstruction_rss"] = images
         if kspace is not None:
@@ -442,17 +422,12 @@ def test_bombs_are_refused_before_memory_is_taken(there):
     np.savez_compressed(folder / "c.npz", x=np.zeros((1000, 1000)))
     with h5py.File(folder / "d.h5", "w") as file:
         file.create_dataset("x", (10**4, 10**4, 10**4), "f8", chunks=(1, 100, 100))
-    Image.fromarray(np.zeros((20, 24), np.uint8)).save(folder / "e.png")
-    png = bytearray((folder / "e.png").read_bytes())
+    png = bytearray(imagecodecs.png_encode(np.zeros((20, 24), np.uint8)))
     png[16:24] = struct.pack(">II", 2**31 - 1, 2**31 - 1)
     png[29:33] = struct.pack(">I", zlib.crc32(bytes(png[12:29])))
     (folder / "e.png").write_bytes(png)
-    ds = dict(Rows=65535, Columns=65535, NumberOfFrames=100000)
-    dicom(folder / "f.dcm", np.zeros((20, 24), np.uint16))
-    lying = pydicom.dcmread(folder / "f.dcm")
-    for name, value in ds.items():
-        setattr(lying, name, value)
-    lying.save_as(folder / "f.dcm")
+    lie = dict(Rows=65535, Columns=65535, NumberOfFrames=100000)
+    dicom(folder / "f.dcm", np.zeros((20, 24), np.uint16), **lie)
     problems = through(there)
     assert len(problems) == 5, problems
     assert sum("claims to hold" in problem for problem in problems) == 4  # .npy is mapped, never read beyond its end
@@ -460,5 +435,15 @@ def test_bombs_are_refused_before_memory_is_taken(there):
 
 
 def test_uids_are_valid_and_reproducible():
-    a, b = (formats_dicom.new_uid("1.2.3", b"pixels") for _ in range(2))
-    assert a == b != formats_dicom.new_uid("1.2.4", b"pixels") and pydicom.uid.UID(a).is_valid
+    a, b = (dicom_format.new_uid("1.2.3", b"pixels") for _ in range(2))
+    assert a == b != dicom_format.new_uid("1.2.4", b"pixels") and pydicom.uid.UID(a).is_valid
+
+
+def test_libraries_are_loaded_when_a_file_is_read(there):
+    """The import loads none of them, and a file only those of its format."""
+    fastmri(there / "in" / "a.h5", stack("f4"))
+    read = f"formats.read(formats.find([{str(there / 'in')!r}])[0][0])"
+    for code, loaded in (("pass", set()), (read, {"h5py"})):
+        code = f"import sys; from lib import files, formats; {code}; print(*sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert {"pydicom", "nibabel", "tifffile", "PIL", "h5py", "imagecodecs"} & set(done.stdout.split()) == loaded

@@ -32,7 +32,7 @@ def test_measured_from_the_images_alone(kind, level, correlation):
     table, true = np.array(model["correlation"]), np.array(truth["correlation"])
     assert np.abs(table - true)[near, near].max() < 0.06
     assert model["blind_spot"] == {0: 1, 0.5: 5, 1.2: 9}[correlation]
-    assert model["form"] == {"gaussian": "gaussian", "poisson": "poisson-gaussian", "gamma": "gamma"}[kind]
+    assert noise.law(model) == {"gaussian": "gaussian", "poisson": "poisson-gaussian", "gamma": "gamma"}[kind]
 
 
 def test_masked_background_does_not_fool_it():
@@ -94,10 +94,11 @@ def test_measure_command(made, tmp_path):
     with data.write_volumes(tmp_path / "a.h5", "dataset", "test") as add:
         (y,) = add("v", (12, 192, 192), ["noisy"], split="train", scale=1.0, offset=0.0, source="phantom")
         y[:] = np.stack([noise.add(x, "poisson", 200, 0, rng) for x in phantom()])
-    done = ok("noise", "measure", "--data", "a.h5", "--out", "noise.json", cwd=tmp_path)
+    done = ok("measure", "--data", "a.h5", "--out", "noise.json", cwd=tmp_path)
     assert "poisson-gaussian" in done.stdout and "blind spot to use: 1" in done.stdout
-    assert noise.given(str(tmp_path / "noise.json"))["blind_spot"] == 1
-    done = run("noise", "measure", "--data", made / "knee.h5", cwd=tmp_path)
+    assert measure.load_noise_model(str(tmp_path / "noise.json"))["blind_spot"] == 1
+    assert ok("noise", "measure", "--data", "a.h5", cwd=tmp_path).stdout == done.stdout  # its name of before
+    done = run("measure", "--data", made / "knee.h5", cwd=tmp_path)
     assert done.returncode == 2 and "too few blocks" in done.stderr
 
 

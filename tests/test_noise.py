@@ -55,21 +55,8 @@ def test_one_stored_realisation(tmp_path):
     """The same seed gives the same file, another seed another; the fingerprint follows; clean is kept as it was."""
     make_dataset(tmp_path / "clean.h5")
     for seed, out in ((0, "a.h5"), (0, "b.h5"), (1, "c.h5")):
-        ok(
-            "noise",
-            "add",
-            "--data",
-            "clean.h5",
-            "--kind",
-            "poisson",
-            "--level",
-            200,
-            "--seed",
-            seed,
-            "--out",
-            out,
-            cwd=tmp_path,
-        )
+        flags = ["--data", "clean.h5", "--kind", "poisson", "--level", 200, "--seed", seed, "--out", out]
+        ok("noise", "add", *flags, cwd=tmp_path)
     a, b, c = (data.read_volumes(tmp_path / f) for f in ("a.h5", "b.h5", "c.h5"))
     assert np.array_equal(a["v0"], b["v0"]) and not np.array_equal(a["v0"], c["v0"])
     assert (

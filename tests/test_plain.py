@@ -1,4 +1,4 @@
-"""What bench.py compares with computes the same: our networks against the form of the reference implementations."""
+"""What bench.py compares with computes the same: our networks, written as the reference implementations are."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 import bsn
 import diffusion
 import distill
-import plain
+from experiments import plain
 
 SMALL = dict(width=8, enc_blocks=(1, 1), middle_blocks=1, dec_blocks=(1, 1))
 
@@ -38,7 +38,7 @@ def same(ours, *inputs, but=()):
 def test_puca(dense, blind_spot):
     """Dilated convolutions on the whole image are ordinary ones on the subsampled images.
 
-    The attention of the published form pools over all classes, ours over each: it is made to ignore what it pools.
+    As published, attention pools over the whole image, ours over each of those: here it ignores what it pools.
     """
     ours = shaken(bsn.PUCA(dense=dense, blind_spot=blind_spot, **SMALL))
     for block in ours.modules():

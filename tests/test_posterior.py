@@ -34,7 +34,10 @@ def test_update_at_its_ends():
 def test_wiener_knows_the_noise(correlation):
     """Of pure noise of the model hardly anything passes; of a strong signal with no noise everything does."""
     model = noise.known("gaussian", 1.0, correlation)
-    spectrum = lambda h, w: noise.spectrum(model, h, w)  # noqa: E731
+
+    def spectrum(h, w):
+        return noise.spectrum(model, h, w)
+
     n = noise.sample(model, np.zeros((97, 110), np.float32), np.random.default_rng(0))
     kept, left = posterior.wiener(n, spectrum)
     assert kept.shape == left.shape == n.shape

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, TINY, make_dataset, ok, run
 
 import data
-import runtime
+from lib import runtime, training
 
 STAGES = {
     "bsn": ("bsn.pt", ["--data", "knee.h5"]),
@@ -24,7 +24,6 @@ KNOWN = ["--noise", "gaussian:6/255:0.5"]
 WAYS = {  # stages and those of their ways that draw or read something of their own
     **STAGES,
     "diffusion hidden": ("diffusion.pt", [*STAGES["diffusion"][1], "--condition", "hidden"]),
-    "diffusion augmented": ("diffusion.pt", [*STAGES["diffusion"][1], "--condition", "augmented", *KNOWN]),
     "distill recorrupted": (
         "student.pt",
         ["--data", "knee.h5", "--target", "recorrupted", "--pred", "bsn_out.h5", *KNOWN],
@@ -40,10 +39,12 @@ def folder(made, tmp_path):
 
 
 def weights(path):
-    state = torch.load(path, weights_only=True)
-    return {f"{part}.{k}": v for part in ("model", "ema") for k, v in state[part].items()} | {
-        "lr": state["scheduler"]["_last_lr"]
-    }
+    """Raw and averaged weights and the learning rate, of the state that a finished training leaves."""
+    state = torch.load(f"{path}.part", weights_only=True)
+    found = {f"{kind}.{k}": v for kind in ("model", "ema") for k, v in state[kind].items()}
+    shipped = torch.load(path, weights_only=True)
+    assert all(torch.equal(state["ema"][k], v) for k, v in shipped["ema"].items())
+    return found | {"lr": state["scheduler"]["_last_lr"]}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -58,7 +59,6 @@ def test_two_and_two_steps_are_four(folder, way):
     ok(stage, *flags, "--model", model, "--stop-at", 2, *out(stage, "two.h5"), cwd=folder)
     assert not (folder / model).exists() and (folder / f"{model}.part").exists() and not (folder / "two.h5").exists()
     ok(stage, *inputs, "--model", model, "--resume", *out(stage, "two.h5"), cwd=folder)
-    assert not (folder / f"{model}.part").exists()
     a, b = weights(folder / "four.pt"), weights(folder / model)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
     if stage != "diffusion":
@@ -80,7 +80,7 @@ def test_two_processes_are_one(folder, way):
     ok(stage, *inputs, "--model", "one.pt", *out(stage, "one.h5"), cwd=folder)
     for more in (["--stop-at", 2], ["--resume"]):
         two_processes(stage, *inputs, "--model", "two.pt", *out(stage, "two.h5"), *more, cwd=folder)
-        assert (folder / "two.pt.part").exists() == (more[0] == "--stop-at")
+        assert (folder / "two.pt").exists() == (more[0] == "--resume")
     one, two = weights(folder / "one.pt"), weights(folder / "two.pt")
     for k in one:
         if torch.is_tensor(one[k]):
@@ -156,13 +156,31 @@ def test_new_learning_rate_on_resume(folder):
     ok("bsn", "--data", "knee.h5", *TINY["bsn"], "--stop-at", 2, cwd=folder)
     ok("bsn", "--data", "knee.h5", "--resume", "--lr", 1e-7, cwd=folder)
     state = torch.load(folder / "bsn.pt", weights_only=True)
-    assert state["args"]["lr"] == 1e-7 and state["scheduler"]["base_lrs"] == [1e-7] and state["args"]["batch"] == 2
+    assert state["args"]["lr"] == 1e-7 and state["args"]["batch"] == 2
+    assert torch.load(folder / "bsn.pt.part", weights_only=True)["scheduler"]["base_lrs"] == [1e-7]
 
 
 def test_checkpoint_is_plain_and_complete(made):
-    state = runtime.load_checkpoint(made / "diffusion.pt", "diffusion")
+    """What is shipped holds what prediction needs; what is needed to train on stands beside it."""
+    state = training.load_checkpoint(made / "diffusion.pt", "diffusion")
     assert state["step"] == 4 and state["args"]["lr"] == 1e-3 and state["extra"]["predict"] == "v"
-    assert {"model", "ema", "optimizer", "scheduler", "model_args", "inputs"} <= state.keys()
+    assert state.keys() == {"stage", "model_args", "extra", "inputs", "step", "args", "ema"}
+    whole = training.load_checkpoint(made / "diffusion.pt.part", "diffusion")
+    assert whole.keys() - state.keys() == {"model", "optimizer", "scheduler"}
+    assert (made / "diffusion.pt").stat().st_size < 0.4 * (made / "diffusion.pt.part").stat().st_size
+
+
+def test_extended_and_not_without_its_state(folder):
+    """More --steps go on from the state beside the checkpoint; without it one line says why they cannot."""
+    ok("bsn", "--data", "knee.h5", *TINY["bsn"], cwd=folder)
+    ok("bsn", "--data", "knee.h5", "--resume", "--steps", 6, cwd=folder)
+    assert torch.load(folder / "bsn.pt", weights_only=True)["step"] == 6
+    (folder / "bsn.pt.part").unlink()
+    before = (folder / "bsn.pt").read_bytes()
+    done = run("bsn", "--data", "knee.h5", "--resume", "--steps", 8, cwd=folder)
+    assert done.returncode == 2 and "cannot be extended: the state of its training, bsn.pt.part, is gone" in done.stderr
+    ok("bsn", "--data", "knee.h5", "--resume", cwd=folder)  # nothing to do but to predict
+    assert torch.load(folder / "bsn.pt", weights_only=True)["step"] == 6 and before == (folder / "bsn.pt").read_bytes()
 
 
 def test_step_rng_is_counted():
@@ -172,7 +190,7 @@ def test_step_rng_is_counted():
 
 def test_ema_follows_its_formula():
     """The decay is the smaller of the given one and (1+n)/(10+n)."""
-    average, update = [torch.zeros(1)], runtime.ema_update(0.9)
+    average, update = [torch.zeros(1)], training.ema_update(0.9)
     update(average, [torch.ones(1)], 1)
     assert average[0].item() == pytest.approx(1 - 2 / 11)
     update(average, [torch.ones(1)], 1000)
@@ -185,5 +203,15 @@ def test_fraction(text, value):
 
 
 def test_help_of_every_script(tmp_path):
-    for script in ("data", "noise", "bsn", "diffusion", "srds", "distill", "baselines", "evaluate", "denoise", "bench"):
+    scripts = [path.stem for path in ROOT.glob("*.py")]
+    assert len(scripts) == 10
+    experiments = [f"experiments.{name}" for name in ("baselines", "bench", "demo", "reproduce")]
+    for script in [*scripts, *experiments]:
         assert "usage:" in ok(script, "--help", cwd=tmp_path).stdout
+
+
+def test_help_shows_the_presets(tmp_path):
+    """Each setting is a flag, with its value in every preset."""
+    said = " ".join(ok("distill", "--help", cwd=tmp_path).stdout.split())
+    assert "peak learning rate (fast: 0.002, nafnet: 0.002, paper: 0.001)" in said
+    assert "a of the recorruption (0.3)" in said and "(fast: 2 2, nafnet: 1 1 2, paper: 2 2 4 8)" in said

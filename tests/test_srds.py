@@ -130,22 +130,8 @@ def test_networks_do_not_depend_on_the_batch(network):
 def test_modes(made):
     """Every mode writes what it says; the pair has its std, and its noise differs from slice to slice."""
     for mode in ("single", "independent", "zero", "pair"):
-        ok(
-            "srds",
-            "--cond",
-            "bsn_out.h5",
-            "--mode",
-            mode,
-            "--pairs",
-            2,
-            "--steps",
-            2,
-            "--split",
-            "test",
-            "--out",
-            f"{mode}.h5",
-            cwd=made,
-        )
+        flags = ["--mode", mode, "--pairs", 2, "--steps", 2, "--split", "test", "--out", f"{mode}.h5"]
+        ok("srds", "--cond", "bsn_out.h5", *flags, cwd=made)
         assert list(arrays(made / f"{mode}.h5")) == ["v1"]
     assert not arrays(made / "zero.h5", "std") and not arrays(made / "single.h5", "std")
     std = arrays(made / "pair.h5", "std")["v1"]

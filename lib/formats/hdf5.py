@@ -1,7 +1,7 @@
-"""HDF5 in and out, for formats.py: fastMRI and M4Raw files, datasets of this project, plain HDF5.
+"""HDF5 files: fastMRI, M4Raw, datasets of this project, plain HDF5.
 
-fastMRI, M4Raw    reconstruction_rss or reconstruction_esc (S,H,W), else root-sum-of-squares of kspace; attribute
-                  `acquisition`; M4Raw's repetitions are files of one name but for the last two digits
+fastMRI, M4Raw    reconstruction_rss or reconstruction_esc (S,H,W), else the root-sum-of-squares of kspace; attribute
+                  `acquisition`; the repetitions of an M4Raw scan differ in the last two digits of their file names
 this project      /volumes/<name>/noisy (data.py)
 plain             the dataset that `key` names, or the only one of two or three dimensions
 """
@@ -12,17 +12,15 @@ import re
 import h5py
 import numpy as np
 
-import formats
-from runtime import reserve, whole
+from lib.formats.common import Volume, as_type, check_grey, check_size
+from lib.runtime import atomic_write, reserve
 
 RECONSTRUCTIONS = ("reconstruction_rss", "reconstruction_esc")
 REPETITION = re.compile(r"(.+_(?:FLAIR|T1|T2|GRE))(\d\d)$")
 
 
-def wanted(path, acquisition):
-    """Whether a file is of the acquisition asked for; one that cannot be read is, so that reading it complains."""
-    if acquisition is None:
-        return True
+def has_acquisition(path, acquisition):
+    """Whether a file is of this acquisition. True for an unreadable file, so that `read` reports what is wrong."""
     try:
         with h5py.File(path, "r") as file:
             found = file.attrs.get("acquisition")
@@ -31,8 +29,8 @@ def wanted(path, acquisition):
         return True
 
 
-def keys_of(file, path, key):
-    """The names of the datasets that are images, or kspace alone."""
+def image_names(file, path, key):
+    """The names of the datasets that are images, or kspace alone. Raises ValueError if it is unclear which they are."""
     if key:
         if key not in file or not isinstance(file[key], h5py.Dataset):
             raise ValueError(f"{path} has no dataset {key!r}, only {', '.join(list(file)[:8])}")
@@ -42,33 +40,31 @@ def keys_of(file, path, key):
     found = [name for name in RECONSTRUCTIONS if name in file] or ["kspace"] * ("kspace" in file)
     if found:
         return found
-    found = []
-    file.visititems(
-        lambda name, x: (
+
+    def visit(name, x):
+        if isinstance(x, h5py.Dataset) and x.ndim in (2, 3) and min(x.shape[-2:]) > 1 and x.dtype.kind in "uif":
             found.append(name)
-            if isinstance(x, h5py.Dataset) and x.ndim in (2, 3) and min(x.shape[-2:]) > 1 and x.dtype.kind in "uif"
-            else None
-        )
-    )
+
+    file.visititems(visit)
     if len(found) != 1:
         raise ValueError(f"{path} holds {len(found)} datasets that may be images, {found[:8]}: name one with --key")
     return found
 
 
-def array_of(file, path, name):
-    """The numbers of a dataset that lies in this file and is as large as it says."""
+def read_array(file, path, name):
+    """The numbers (S,H,W) of a dataset, checked to lie in this file and to be as large as it says."""
     dataset = file[name]
     if dataset.file.filename != file.filename or dataset.is_virtual or dataset.external:
         raise ValueError(f"{path}: {name!r} lies in another file, which is not followed")
-    formats.check_size(path, float(dataset.nbytes), dataset.id.get_storage_size())
+    check_size(path, float(dataset.nbytes), dataset.id.get_storage_size())
     if name == "kspace":
         return root_sum_of_squares(dataset, file)
-    formats.grey(path, dataset.shape, dataset.dtype)
+    check_grey(path, dataset.shape, dataset.dtype)
     return dataset[()].reshape(-1, *dataset.shape[-2:])
 
 
 def root_sum_of_squares(kspace, file):
-    """Magnitude images (S,H,W) float32 of k-space (S,[coils,]H,W) complex, cut to the size that the header asks for."""
+    """Magnitude images (S,H,W) float32 of complex k-space (S,[coils,]H,W), cropped to the size named in the header."""
     if kspace.ndim not in (3, 4) or kspace.dtype.kind != "c":
         raise ValueError(f"kspace is {kspace.dtype} of shape {kspace.shape}, not (slices, coils, height, width)")
     h, w = kspace.shape[-2:]
@@ -87,40 +83,37 @@ def root_sum_of_squares(kspace, file):
 
 
 def read(item):
-    """A Volume for each image dataset; with a reference asked for, the mean of M4Raw's repetitions as `clean`."""
+    """One Volume for each image dataset; if the item asks for a reference, with the mean of repetitions as `clean`."""
     path = item.files[0]
-    with opened(path) as file:
-        names = keys_of(file, path, item.key)
-        volumes = [
-            formats.Volume(
-                path.stem if len(names) == 1 else name.split("/")[-2:][0], array_of(file, path, name), str(path)
-            )
-            for name in names
-        ]
+    with open_file(path) as file:
+        arrays = {name: read_array(file, path, name) for name in image_names(file, path, item.key)}
+    labels = [path.stem] if len(arrays) == 1 else [name.split("/")[-2:][0] for name in arrays]
+    volumes = [Volume(label, array, str(path)) for label, array in zip(labels, arrays.values())]
     if item.reference:
         volumes = [volume._replace(clean=mean_of_repetitions(path, item, volume.slices)) for volume in volumes]
     return volumes
 
 
-def opened(path):
+def open_file(path):
+    """An open h5py.File; PermissionError stays, any other OSError becomes a ValueError that names the file."""
     try:
         return h5py.File(path, "r")
+    except PermissionError:
+        raise
     except OSError as error:
-        if isinstance(error, PermissionError):
-            raise
         raise ValueError(f"{path} cannot be read as HDF5, it may be incomplete: {str(error)[:100]}") from None
 
 
 def mean_of_repetitions(path, item, own):
-    """Mean of all M4Raw repetitions of a scan ("mean", as the paper) or of all but this one ("others"), (S,H,W)."""
+    """Mean (S,H,W) of all M4Raw repetitions of a scan ("mean", as in the paper) or of all but this one ("others")."""
     match = REPETITION.match(path.stem)
     if not match:
         raise ValueError(f"{path} is not named as an M4Raw repetition is, such as 2022061003_T101.h5")
     others = []
     for other in sorted(path.parent.glob(f"{match[1]}[0-9][0-9].h5")):
         if other != path:
-            with opened(other) as file:
-                others.append(array_of(file, other, keys_of(file, other, item.key)[0]))
+            with open_file(other) as file:
+                others.append(read_array(file, other, image_names(file, other, item.key)[0]))
     if not others or any(x.shape != own.shape for x in others):
         raise ValueError(f"{path} has no other repetition of its shape beside it")
     stack = others if item.reference == "others" else [own, *others]
@@ -128,10 +121,10 @@ def mean_of_repetitions(path, item, own):
 
 
 def write(item, arrays, paths, method):
-    """A copy of the file with other images; k-space, which they no longer come from, is left out."""
+    """Copies the file with new images. Leaves out k-space, from which the new images cannot be computed."""
     path = item.files[0]
-    with opened(path) as file, whole(paths[0]) as temporary, h5py.File(temporary, "w") as out:
-        names = keys_of(file, path, item.key)
+    with open_file(path) as file, atomic_write(paths[0]) as temporary, h5py.File(temporary, "w") as out:
+        names = image_names(file, path, item.key)
         reserve(temporary, path.stat().st_size + sum(a.nbytes for a in arrays) + 2**20)
         out.attrs.update(file.attrs)
         for name in file:
@@ -144,10 +137,10 @@ def write(item, arrays, paths, method):
             if name == "kspace":
                 out.create_dataset(RECONSTRUCTIONS[0], data=np.asarray(values, np.float32))
             else:
-                out[name][...] = formats.as_type(values, file[name].dtype).reshape(file[name].shape)
-            out[name.rpartition("/")[0] or "/"].attrs.pop("fingerprint", None)  # of the noisy images (data.py)
+                out[name][...] = as_type(values, file[name].dtype).reshape(file[name].shape)
+            out[name.rpartition("/")[0] or "/"].attrs.pop("fingerprint", None)  # data.py's hash of the noisy images
         out.attrs["denoised_by"] = method
         out.flush()
         size = out.id.get_filesize()
         out.close()
-        os.truncate(temporary, size)
+        os.truncate(temporary, size)  # gives back what was reserved but not needed

@@ -15,11 +15,10 @@ from conftest import ROOT, TINY, ok, run
 from test_formats import dicom
 from test_measure import phantom
 
-import apply
 import data
 import distill
 import noise
-import runtime
+from lib import files, runtime, training
 
 
 @pytest.fixture(scope="module", params=["resunet"])
@@ -121,11 +120,11 @@ def test_from_scratch_and_killed(scans):
     flags = ["scans", "--std", "--effort", "0.003", "--precision", "float32"]
     started = time.monotonic()
     ok("denoise", *flags, "--out", "clean", cwd=scans)
-    seconds, whole = time.monotonic() - started, contents(scans / "clean")
-    assert {"0.dcm", "0.dcm_std.tif", "deep/a.npy", "deep/a.npy_std.tif"} <= whole.keys()
+    seconds, expected = time.monotonic() - started, contents(scans / "clean")
+    assert {"0.dcm", "0.dcm_std.tif", "deep/a.npy", "deep/a.npy_std.tif"} <= expected.keys()
     for moment in (0.3, 0.6, 0.9):
-        argv = [sys.executable, str(ROOT / "denoise.py"), *flags, "--out", "killed"]
-        process = subprocess.Popen(argv, cwd=scans, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        argv, silent = [sys.executable, str(ROOT / "denoise.py"), *flags, "--out", "killed"], subprocess.DEVNULL
+        process = subprocess.Popen(argv, cwd=scans, stdout=silent, stderr=silent)
         try:
             process.wait(moment * seconds)
         except subprocess.TimeoutExpired:
@@ -133,9 +132,9 @@ def test_from_scratch_and_killed(scans):
             process.wait()
     ok("denoise", *flags, "--out", "killed", cwd=scans)
     again = contents(scans / "killed")
-    images = [name for name in whole if "diffdenoise" not in name]
-    assert len(images) == 8 and all(again[name] == whole[name] for name in images)
-    personal = [name for name, raw in whole.items() if b"Doe^Jane" in raw]
+    images = [name for name in expected if "diffdenoise" not in name]
+    assert len(images) == 8 and all(again[name] == expected[name] for name in images)
+    personal = [name for name, raw in expected.items() if b"Doe^Jane" in raw]
     assert personal and all(name.endswith(".dcm") for name in personal)
     report = json.loads((scans / "clean/diffdenoise/files.json").read_text())
     assert all(entry["whole"] for entry in report.values())
@@ -143,7 +142,7 @@ def test_from_scratch_and_killed(scans):
 
 def test_full_disk(scans, student, monkeypatch):
     """A file that cannot be written is named, nothing stands half under its name, and with room again it is made."""
-    jobs, problems = apply.plan([scans / "scans"], scans / "out")
+    jobs, problems = files.plan([scans / "scans"], scans / "out")
     real, writes = os.replace, []
 
     def full(a, b):
@@ -154,43 +153,54 @@ def test_full_disk(scans, student, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     denoise = distill.student(student)
-    apply.run(jobs, denoise, "m", scans, problems)
+    files.denoise_files(jobs, denoise, "m", scans, problems)
     assert problems and all("No space left" in p for p in problems)
     monkeypatch.undo()
     assert not list(scans.rglob("*.tmp"))
-    assert apply.run(jobs, denoise, "m", scans, [])[0] > 0
-    assert apply.run(jobs, denoise, "m", scans, []) == (0, 6)
+    assert files.denoise_files(jobs, denoise, "m", scans, [])[0] > 0
+    assert files.denoise_files(jobs, denoise, "m", scans, []) == (0, 6)
 
 
 def test_a_large_folder_is_trained_on_in_part(tmp_path, monkeypatch):
     """Of each file a window, of all so many pixels; normalised as the whole volume is. With --std, everything."""
-    monkeypatch.setattr(apply, "WINDOW", 40)
-    monkeypatch.setattr(apply, "PIXELS", 12_000)
+    monkeypatch.setattr(files, "WINDOW", 40)
+    monkeypatch.setattr(files, "PIXELS", 12_000)
     (tmp_path / "scans").mkdir()
     for k in range(30):
         y = np.random.default_rng(k).integers(100, 900, (3, 64, 50)).astype(np.uint16)
         y[:, :1, 0], y[:, -1:, -1] = 0, 1000  # the ends lie in corners that a window may miss
         np.save(tmp_path / "scans" / f"{k}.npy", y)
-    jobs, problems = apply.plan([tmp_path / "scans"], tmp_path / "out")
-    apply.collect(jobs, tmp_path / "part.h5", problems, 16)
-    apply.collect(jobs, tmp_path / "all.h5", problems, 16, everything=True)
-    part, attrs = data.read_volumes(tmp_path / "part.h5"), data.read_attrs(tmp_path / "part.h5")[1]
-    whole = data.read_volumes(tmp_path / "all.h5")
-    assert not problems and len(whole) == 30 and whole["00000-0"].shape == (3, 64, 50)
-    assert 12_000 <= sum(v.size for v in part.values()) < 12_000 + 40 * 40
-    for name, volume in part.items():
+    jobs, problems = files.plan([tmp_path / "scans"], tmp_path / "out")
+    for name, flags in (("windows.h5", {}), ("all.h5", dict(everything=True))):
+        data.write_dataset(tmp_path / name, files.training_volumes(jobs, problems, 16, **flags), [1.0, 0, 0], {})
+    windows, attrs = data.read_volumes(tmp_path / "windows.h5"), data.read_attrs(tmp_path / "windows.h5")[1]
+    complete = data.read_volumes(tmp_path / "all.h5")
+    assert not problems and len(complete) == 30 and complete["00000-0"].shape == (3, 64, 50)
+    assert 12_000 <= sum(v.size for v in windows.values()) < 12_000 + 40 * 40
+    for name, volume in windows.items():
         assert volume.shape == (1, 40, 40) and attrs[name]["scale"] == 1000 and attrs[name]["offset"] == 0
-        stack = np.lib.stride_tricks.sliding_window_view(whole[name], (40, 40), (1, 2))
+        stack = np.lib.stride_tricks.sliding_window_view(complete[name], (40, 40), (1, 2))
         assert any(np.array_equal(volume[0], stack[s, i, j]) for s, i, j in np.ndindex(stack.shape[:3]))
+
+
+def test_many_small_images_are_trained_on(tmp_path, monkeypatch):
+    """Smaller than a crop, all of them, and more than are wanted: some are taken, and not none."""
+    monkeypatch.setattr(files, "PIXELS", 4000)
+    (tmp_path / "scans").mkdir()
+    for k in range(9):
+        np.save(tmp_path / "scans" / f"{k}.npy", np.random.default_rng(k).random((1, 32, 32)))
+    jobs, problems = files.plan([tmp_path / "scans"], tmp_path / "out")
+    taken = list(files.training_volumes(jobs, problems, 96))
+    assert 4 <= len(taken) < 9 and not problems
 
 
 def test_one_large_image_is_trained_on_where_it_varies(monkeypatch):
     """What fits its share is taken whole; of a larger one, the window of some that varies most."""
-    monkeypatch.setattr(apply, "WINDOW", 32)
+    monkeypatch.setattr(files, "WINDOW", 32)
     image = np.zeros((1, 200, 300), np.uint16)
     image[:, 100:, 200:] = np.random.default_rng(0).integers(0, 9, (1, 100, 100))
-    assert apply.part(image, image.size, runtime.step_rng(0)) is image
-    got = apply.part(image, 6400, runtime.step_rng(0))
+    assert files.training_window(image, image.size, runtime.step_rng(0)) is image
+    got = files.training_window(image, 6400, runtime.step_rng(0))
     assert got.shape == (1, 80, 80) and got.std() > 0
 
 
@@ -206,7 +216,7 @@ def test_tiles_of_a_local_function_are_exact(size):
 @pytest.mark.parametrize("student", ["nafnet", "resunet"], indirect=True)
 def test_tiles_of_the_student_leave_no_seam(student):
     """A trained network whole and in tiles: at most 1e-3 of the range apart, sizes that nothing divides."""
-    model, state = runtime.restore(distill.network, student, "distill", "cpu")
+    model, state = training.load_network(distill.build_network, student, "distill", "cpu")
     model.pool_locally(state["extra"]["crop"])
     y = torch.from_numpy(np.stack(phantom(1, 700))[None]).float()[..., :611]
     with torch.inference_mode():
@@ -219,7 +229,7 @@ def test_onnx(student, tmp_path):
     """Equal to PyTorch within 1e-4 at sizes above and below the pooling window, odd, batched."""
     ok("distill", "--export", tmp_path / "student.onnx", "--model", student, cwd=tmp_path)
     session = onnxruntime.InferenceSession(tmp_path / "student.onnx")
-    model, state = runtime.restore(distill.network, student, "distill", "cpu")
+    model, state = training.load_network(distill.build_network, student, "distill", "cpu")
     model.pool_locally(state["extra"]["crop"])
     for shape in ((1, 1, 97, 203), (3, 1, 40, 16), (1, 1, 256, 256)):
         y = torch.rand(shape)

@@ -1,9 +1,9 @@
-"""Our networks as their reference implementations write them: what bench.py times against, and tests compare with.
+"""Our networks as their reference implementations write them: bench.py measures how much faster ours are.
 
 `plain` takes a network of bsn.py, diffusion.py or distill.py and returns one with the same weights and the same output
-that computes it the way of the published code (PUCA, improved DDPM, NAFNet): (B,C,H,W) memory in this order, float32,
-the channel norm as a function of its own, attention as a softmax of a product, and dilation as dilated convolution.
-`CropDataset` is the usual way to training crops: one Python call each, collated by a DataLoader.
+that computes it as the published code does (PUCA, improved DDPM, NAFNet): the memory in the order (B,C,H,W), float32,
+the channel norm as a function of its own, attention as the softmax of a product, dilation as dilated convolution.
+`CropDataset` makes training crops in the usual way: one Python call for each, collated by a DataLoader.
 """
 
 import copy
@@ -40,7 +40,7 @@ class NormFunction(torch.autograd.Function):
 
 
 class ChannelNorm(nn.Module):
-    """Stands in for a LayerNorm that is given a channels-last view, (B,H,W,C)."""
+    """Takes the place of a LayerNorm; as that one, it is given a channels-last view, (B,H,W,C)."""
 
     def __init__(self, norm):
         super().__init__()
@@ -51,7 +51,7 @@ class ChannelNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Stands in for diffusion.Attention: the whole matrix of weights, its softmax in float32."""
+    """Takes the place of diffusion.Attention: computes the whole matrix of weights, and its softmax in float32."""
 
     def __init__(self, ours):
         super().__init__()
@@ -66,9 +66,9 @@ class Attention(nn.Module):
 
 
 class DilatedPUCA(nn.Module):
-    """bsn.PUCA on whole images: every 3x3 convolution after the masked one is dilated by the stride of the classes.
+    """bsn.PUCA on whole images: every 3x3 convolution after the masked one is dilated by the stride.
 
-    As published, the attention of a DABlock pools over the whole image: only this makes its output another one.
+    As published, the attention of a DABlock pools over the whole image; only in this the output differs from ours.
     """
 
     def __init__(self, ours):
@@ -99,13 +99,13 @@ class DilatedPUCA(nn.Module):
 
 
 class FullResUNet(distill.ResUNet):
-    """The student of `fast` as a U-Net is usually written: at full resolution."""
+    """The student of preset `fast`, as a U-Net is usually written: at full resolution."""
 
     patch = 1
 
 
 def plain(network):
-    """A copy of one of our networks in the form of the reference implementations; the same weights and output."""
+    """A copy of one of our networks, written as the reference implementations are; the same weights and output."""
     network = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     for module in list(network.modules()):
         for name, child in module.named_children():

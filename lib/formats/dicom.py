@@ -1,10 +1,11 @@
-"""DICOM series in and out, for formats.py: grouped and sorted by their headers, written back as derived objects.
+"""DICOM series: grouped and sorted by their headers, written back as derived objects.
 
-Pixels are decoded by pydicom with the pylibjpeg plugins (RLE, JPEG, JPEG-LS, JPEG 2000) and stay as they are stored:
-rescale slope and intercept and the window are kept as tags. Only if the slope differs within a series, as in PET, are
-the slices brought to one scale, and back.
+pydicom decodes the pixels with the pylibjpeg plugins (RLE, JPEG, JPEG-LS, JPEG 2000). They stay as they are stored:
+rescale slope, intercept and window are kept as tags. Only if the slope differs within a series, as in PET, are the
+slices brought to one scale for reading, and back for writing.
 """
 
+import contextlib
 import hashlib
 import logging
 import warnings
@@ -12,46 +13,40 @@ import warnings
 import numpy as np
 import pydicom
 from pydicom.filereader import read_file_meta_info
-from pydicom.uid import (
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRBigEndian,
-    ExplicitVRLittleEndian,
-    ImplicitVRLittleEndian,
-)
 
-import formats
-from runtime import whole
+from lib.formats.common import Volume, as_type, check_grey, check_size
+from lib.runtime import atomic_write
 
 TAGS = "SeriesInstanceUID Rows Columns InstanceNumber ImagePositionPatient ImageOrientationPatient".split()
 TAGS_OF_SCALE = ["RescaleSlope", "RescaleIntercept"]
 
 
-def quietly(function):
-    """pydicom's complaints quote the values of tags: none of them, a patient's name least of all, is for our log."""
-
-    def quiet(*args):
-        settings, log = pydicom.config.settings, logging.getLogger("pydicom")
-        before = settings.reading_validation_mode, settings.writing_validation_mode, log.level
-        settings.reading_validation_mode = settings.writing_validation_mode = pydicom.config.IGNORE
-        log.setLevel(logging.CRITICAL)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                return function(*args)
-        finally:
-            settings.reading_validation_mode, settings.writing_validation_mode = before[:2]
-            log.setLevel(before[2])
-
-    return quiet
+@contextlib.contextmanager
+def quiet():
+    """Silences pydicom: its warnings quote tags, such as the patient's name, which must not get into our log."""
+    settings, log = pydicom.config.settings, logging.getLogger("pydicom")
+    before = settings.reading_validation_mode, settings.writing_validation_mode, log.level
+    settings.reading_validation_mode = settings.writing_validation_mode = pydicom.config.IGNORE
+    log.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        settings.reading_validation_mode, settings.writing_validation_mode = before[:2]
+        log.setLevel(before[2])
 
 
-@quietly
+@quiet()
 def series(paths):
-    """([files of one series, sorted by position], ...), [problem]): by SeriesInstanceUID and size; reads no pixels."""
+    """Groups files by SeriesInstanceUID and image size, without reading pixels.
+
+    Returns ([tuple of the files of one series, sorted by `position`], [str: which file is left out, and why]).
+    """
     members, problems = {}, []
     for path in paths:
         try:
-            if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+            if read_file_meta_info(path).get("TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian:
                 problems.append(f"{path} is deflated DICOM, which is not read: it may hold any amount")
                 continue
             ds = pydicom.dcmread(path, specific_tags=TAGS, stop_before_pixels=True)
@@ -66,15 +61,15 @@ def series(paths):
 
 
 def position(ds):
-    """Where a slice lies along the normal of its plane (mm), or its InstanceNumber."""
+    """The coordinate of a slice along the normal of its plane (mm), or else its InstanceNumber."""
     if ds.get("ImagePositionPatient") and ds.get("ImageOrientationPatient"):
         across, down = np.array(ds.ImageOrientationPatient, float).reshape(2, 3)
         return float(np.cross(across, down) @ np.array(ds.ImagePositionPatient, float))
     return float(ds.get("InstanceNumber") or 0)
 
 
-def pixels(path):
-    """(dataset, stored numbers (S,H,W)) of one file, or ValueError."""
+def read_pixels(path):
+    """(dataset, stored numbers (S,H,W)) of one file. Raises ValueError if they could not be written back correctly."""
     try:
         ds = pydicom.dcmread(path)
         syntax = ds.file_meta.TransferSyntaxUID
@@ -85,8 +80,8 @@ def pixels(path):
         raise
     except Exception as error:
         raise ValueError(f"{path} cannot be read as DICOM: {type(error).__name__}") from None
-    formats.check_size(path, size)
-    if "PixelData" not in ds or packed or syntax == ExplicitVRBigEndian:
+    check_size(path, size)
+    if "PixelData" not in ds or packed or syntax == pydicom.uid.ExplicitVRBigEndian:
         raise ValueError(f"{path} holds no integer pixels in the usual order of bits and bytes")
     if "SOPClassUID" not in ds or "SOPInstanceUID" not in ds:
         raise ValueError(f"{path} lacks the UIDs of a DICOM object")
@@ -96,80 +91,79 @@ def pixels(path):
         stored = ds.pixel_array
     except (OSError, KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # a panic of a decoder written in Rust is no Exception
+    except BaseException as error:  # a panic of a decoder written in Rust is not an Exception
         raise ValueError(f"{path} holds pixels that cannot be decoded: {type(error).__name__}") from None
-    if not syntax.is_compressed and not np.array_equal(
-        np.frombuffer(ds.PixelData, stored.dtype.newbyteorder("<"), stored.size), stored.ravel()
-    ):
-        raise ValueError(f"{path} holds numbers of more than its {ds.BitsStored} bits")
+    if not syntax.is_compressed:  # pydicom drops the bits above BitsStored, and writing back would lose them
+        raw = np.frombuffer(ds.PixelData, stored.dtype.newbyteorder("<"), stored.size)
+        if not np.array_equal(raw, stored.ravel()):
+            raise ValueError(f"{path} holds numbers of more than its {ds.BitsStored} bits")
     stored = stored.reshape(-1, *stored.shape[-2:])
-    formats.grey(path, stored.shape, stored.dtype)
+    check_grey(path, stored.shape, stored.dtype)
     return ds, stored
 
 
 def scaling(ds):
+    """(rescale slope, rescale intercept)"""
     return float(ds.get("RescaleSlope") or 1), float(ds.get("RescaleIntercept") or 0)
 
 
-@quietly
+@quiet()
 def read(item):
-    """One Volume: the files of a series, their frames one after the other."""
+    """One Volume: the frames of all files of a series, one after the other; float32 if their scaling differs."""
     stacks, scales, size, folder = [], [], 0, item.files[0].parent
     for path in item.files:
-        ds, stored = pixels(path)
+        ds, stored = read_pixels(path)
         stacks.append(stored)
         scales.append(scaling(ds))
         size += stored.nbytes
-        formats.check_size(folder, 2 * size)
+        check_size(folder, 2 * size)
     if len(set(scales)) > 1:
         stacks = [(x * slope + intercept).astype(np.float32) for x, (slope, intercept) in zip(stacks, scales)]
     inverted = ds.get("PhotometricInterpretation") == "MONOCHROME1"
-    return [formats.Volume(folder.name or "series", np.concatenate(stacks), str(folder), inverted)]
+    return [Volume(folder.name or "series", np.concatenate(stacks), str(folder), inverted)]
 
 
-@quietly
+@quiet()
 def write(item, arrays, paths, method):
-    """New derived objects: other pixels, UIDs and origin; every other tag as it was (PS3.3, C.7.6.1.1.2 and C.12.1).
+    """Writes new derived objects, uncompressed: other pixels, UIDs and origin, every other tag as it was.
 
-    Uncompressed. The UIDs follow from the original ones and `method`: the same again give the same files.
+    The tags follow the standard (PS3.3, C.7.6.1.1.2 and C.12.1). Equal inputs, pixels and `method` give equal files.
     """
     one_scale = len({scaling(pydicom.dcmread(path, specific_tags=TAGS_OF_SCALE)) for path in item.files}) == 1
     first = 0
     for source, path in zip(item.files, paths):
-        ds, before = pixels(source)
+        ds, before = read_pixels(source)
         values = arrays[0][first : first + len(before)]
         first += len(before)
         if not one_scale:
             slope, intercept = scaling(ds)
             values = (values - intercept) / slope
         bits = int(ds.get("BitsStored") or ds.BitsAllocated)
-        signed = before.dtype.kind == "i"
-        limits = (-(1 << bits - 1), (1 << bits - 1) - 1) if signed else (0, (1 << bits) - 1)
-        new = formats.as_type(values, before.dtype, *limits)
+        low = -(1 << bits - 1) if before.dtype.kind == "i" else 0
+        new = as_type(values, before.dtype, low, low + (1 << bits) - 1)
         padding = ds.get("PixelPaddingValue")
-        if padding is not None:
+        if padding is not None:  # marks what lies outside the field of view: those pixels stay
             ends = sorted((padding, ds.get("PixelPaddingRangeLimit", padding)))
             new = np.where((before >= ends[0]) & (before <= ends[1]), before, new)
         derive(ds, new, method, source)
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             ds.save_as(temporary, enforce_file_format=True)
 
 
 def derive(ds, new, method, path):
-    """Puts pixels into the dataset of `path`, and the tags that tell a derived image from its source."""
+    """Turns `ds`, the dataset read from `path`, into a derived image with the pixels `new`."""
     raw = new.astype(new.dtype.newbyteorder("<")).tobytes()
     ds.PixelData = raw + b"\0" * (len(raw) % 2)
     ds["PixelData"].VR = "OB" if ds.BitsAllocated <= 8 else "OW"
     ds["PixelData"].is_undefined_length = False
-    for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):  # of compressed frames
+    for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths"):  # only compressed frames have them
         if name in ds:
             del ds[name]
     for name, value in (("SmallestImagePixelValue", new.min()), ("LargestImagePixelValue", new.max())):
         if name in ds:
             ds[name].value = int(value)
-    source = pydicom.Dataset()
+    source, purpose = pydicom.Dataset(), pydicom.Dataset()
     source.ReferencedSOPClassUID, source.ReferencedSOPInstanceUID = ds.get("SOPClassUID"), ds.get("SOPInstanceUID")
-    purpose = pydicom.Dataset()
     purpose.CodeValue, purpose.CodingSchemeDesignator = "121322", "DCM"
     purpose.CodeMeaning = "Source image for image processing operation"
     source.PurposeOfReferenceCodeSequence = [purpose]
@@ -181,14 +175,13 @@ def derive(ds, new, method, path):
     ds.SeriesInstanceUID = new_uid(ds.get("SeriesInstanceUID") or path.parent, method)
     meta = ds.file_meta
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ds.get("SOPClassUID"), ds.SOPInstanceUID
-    if meta.get("TransferSyntaxUID") != ImplicitVRLittleEndian:
-        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    if meta.get("TransferSyntaxUID") != pydicom.uid.ImplicitVRLittleEndian:
+        meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
 
 
 def new_uid(*sources):
-    """A UID (PS3.5, B.2: 2.25 and an integer of up to 128 bits) that is always the same for the same sources."""
+    """A UID made from a hash of `sources` (PS3.5, B.2: 2.25 and an integer of up to 128 bits)."""
     digest = hashlib.blake2b(digest_size=16)
     for source in sources:
-        digest.update(source if isinstance(source, bytes) else str(source).encode())
-        digest.update(b"\0")
+        digest.update((source if isinstance(source, bytes) else str(source).encode()) + b"\0")
     return f"2.25.{int.from_bytes(digest.digest(), 'big')}"

@@ -1,0 +1,283 @@
+"""From image files to what a network trains on, and a denoiser over image files, written under another folder.
+
+A file is written completely or not at all. files.json records each one, with a digest of its input and the denoiser, so
+that a run started again goes on after the last file. An existing file is replaced only if this same run had begun to
+write it, or with `force`. What cannot be read or written becomes a line in `problems`, and the rest goes on.
+"""
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lib import formats, runtime
+
+KINDS = formats.KINDS
+PIXELS = 64_000_000  # to train on, at most
+WINDOW = 768  # side in pixels of what is cut out of a slice if there are more
+
+
+class Job(NamedTuple):
+    """item: formats.Item. paths: its output files. std: the file for its uncertainty, or None. digest: of its input."""
+
+    item: formats.Item
+    paths: list
+    std: Path | None
+    digest: str
+
+
+def digest(paths):
+    """Hash of the contents of files."""
+    found = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
+        found.update(b"\0")
+    return found.hexdigest()
+
+
+def plan(sources, out, key=None, acquisition=None, std=False):
+    """([Job], [problem]) for image files and folders; out: Path of the folder to write to; std: also the uncertainty.
+
+    Raises ValueError if nothing can be denoised, or if `out` is a file, lies in an input or would replace one.
+    """
+    for source in map(Path, sources):
+        if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
+            raise ValueError(f"--out {out} lies in the input {source}: give another folder")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file, not a folder")
+    items, problems = formats.find(sources, key, acquisition)
+    inputs = {file.resolve() for item in items for file in item.files}
+    jobs, taken = [], {}
+    for item in items:
+        paths = formats.outputs(item, out)
+        std_path = formats.std_path(item, paths) if std else None
+        all_paths = [*paths, *([std_path] if std else [])]
+        for path in all_paths:
+            if path.resolve() in inputs:
+                raise ValueError(f"--out {out} would replace the input {path}: give another folder")
+        twice = next((path for path in all_paths if path in taken), None)
+        if twice:
+            problems.append(f"{item.files[0]} would go to {twice}, as {taken[twice]} does: denoise them apart")
+            continue
+        try:
+            jobs.append(Job(item, paths, std_path, f"{digest(item.files)} {item.kind} {key}"))
+            taken.update(dict.fromkeys(all_paths, item.files[0]))
+        except OSError as error:
+            problems.append(str(error))
+    if not jobs:
+        raise ValueError(problems[0] if problems else f"{', '.join(map(str, sources))}: nothing there to denoise")
+    return jobs, problems
+
+
+def read(job, problems):
+    """(job, [Volume]). Slices of a DICOM series that cannot be read become problems and are missing in both.
+
+    Raises ValueError or OSError if nothing of the job can be read.
+    """
+    try:
+        return job, formats.read(job.item)
+    except (ValueError, OSError):
+        if len(job.item.files) == 1:
+            raise
+    good = []
+    for pair in zip(job.item.files, job.paths):
+        try:
+            formats.read(job.item._replace(files=pair[:1]))
+            good.append(pair)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if not good:
+        raise ValueError(f"{job.item.files[0].parent}: no slice of a series can be read")
+    readable, paths = zip(*good)
+    job = job._replace(item=job.item._replace(files=readable), paths=list(paths))
+    return job, formats.read(job.item)
+
+
+def check_finite(array, title):
+    """Returns the array; raises ValueError if it holds NaN or infinite values. title: how the error names it."""
+    bad = array.size - np.count_nonzero(np.isfinite(array))
+    if bad:
+        raise ValueError(f"{title} holds {bad} values that are NaN or infinite")
+    return array
+
+
+def finite_range(slices):
+    """(lowest, highest) finite number of (S,H,W); (0, 0) if there is none."""
+    if slices.dtype.kind != "f":
+        return float(slices.min()), float(slices.max())
+    finite = (s[np.isfinite(s)] for s in slices)  # one slice at a time in memory
+    ends = [(float(s.min()), float(s.max())) for s in finite if s.size]
+    return (min(low for low, _ in ends), max(high for _, high in ends)) if ends else (0.0, 0.0)
+
+
+def scaling(volume, low, high):
+    """(scale, offset) with which (number - offset) / scale is 0 at the black end of [low, high] and 1 at the other."""
+    return (low - high, high) if volume.inverted else (high - low, low)
+
+
+def normalize(volume):
+    """(values (S,H,W) float32, scale, offset): a formats.Volume, mapped linearly so that its `ends` become 0 and 1.
+
+    Stored number = value * scale + offset. Raises ValueError if the volume is constant or holds NaN or infinite values.
+    """
+    raw = check_finite(volume.slices, volume.source)
+    low, high = volume.ends or (float(raw.min()), float(raw.max()))
+    if low == high:
+        raise ValueError(f"{volume.source}: volume {volume.name!r} is constant ({low:g}): there is nothing to denoise")
+    scale, offset = scaling(volume, low, high)
+    values = np.empty(raw.shape, np.float32)
+    for s in range(len(raw)):
+        values[s] = (raw[s].astype(np.float64) - offset) / scale
+    return values, scale, offset
+
+
+def patches(slices, size):
+    """Cuts slices (S,H,W) into a centred grid of size x size patches (N,size,size); a shorter side stays as it is."""
+    if size is None:
+        return slices
+    (h, w), (ph, pw) = slices.shape[1:], (min(size, n) for n in slices.shape[1:])
+    y, x = (h % ph) // 2, (w % pw) // 2
+    grid = slices[:, y : y + h // ph * ph, x : x + w // pw * pw].reshape(len(slices), h // ph, ph, w // pw, pw)
+    return grid.transpose(0, 1, 3, 2, 4).reshape(-1, ph, pw)
+
+
+def read_sources(sources, key=None, acquisition=None, reference=None, brain=False):
+    """(iterator over the Volumes of image files and folders, [problem]); brain: the built-in brain comes last.
+
+    key, acquisition, reference: as of `formats.find`. Raises ValueError if there is nothing to read.
+    """
+    items, problems = formats.find(sources, key, acquisition, reference)
+    if not items and not brain:
+        raise ValueError(problems[0] if problems else "name files or folders to import, or --source brain")
+    volumes = itertools.chain.from_iterable(formats.read(item) for item in items)
+    return itertools.chain(volumes, [formats.brain()] if brain else []), problems
+
+
+def training_volumes(jobs, problems, least, everything=False):
+    """Yields what to train on: formats.Volumes named <job>-<volume> by number, with finite slices and their `ends`.
+
+    Volumes with a side of less than `least` pixels are only taken if there are no others. So that training needs no
+    more memory for a larger folder, the jobs are taken in random order until there are PIXELS, and of a volume that has
+    more than its share only a `training_window`; `everything` takes all. What cannot be read is added to `problems`.
+    """
+    share = np.inf if everything else PIXELS // min(max(len(jobs), 4), 100)
+    small, taken, large = [], 0, False  # large: whether there was a volume of at least `least` pixels
+    for k in range(len(jobs)) if everything else np.random.default_rng(0).permutation(len(jobs)):
+        try:
+            _, found = read(jobs[k], problems)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+            continue
+        for j, volume in enumerate(found):
+            if taken >= PIXELS and not everything:
+                yield from [] if large else small
+                return
+            low, high = finite_range(volume.slices)
+            slices = training_window(volume.slices, share, runtime.step_rng(0, k, j))
+            if slices.dtype.kind == "f":
+                slices = np.nan_to_num(slices, nan=low, posinf=high, neginf=low)
+            if slices.min() < slices.max() and min(slices.shape[1:]) >= 16:
+                volume = volume._replace(name=f"{k:05d}-{j}", source="", slices=slices, ends=(low, high))
+                if min(slices.shape[1:]) >= least:
+                    taken = slices.size + taken * large  # the small ones before the first large one do not count
+                    large = True
+                    yield volume
+                elif not large:
+                    taken += slices.size
+                    small.append(volume)
+    if not large:
+        yield from small
+
+
+def training_window(slices, share, rng):
+    """What to train on of (S,H,W): all if that is at most `share` pixels, else evenly spaced slices.
+
+    If one slice is too many, a window of it: of eight at random places, the one that varies most. Its sides have WINDOW
+    pixels, or more if the share allows.
+    """
+    count, (h, w) = len(slices), slices.shape[1:]
+    if slices.size <= share:
+        return slices
+    side = max(WINDOW, int(share**0.5)) if share < h * w else max(h, w)
+    most = max(1, int(share) // (min(side, h) * min(side, w)))
+    slices = slices[np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))]
+    # corners at multiples of 8, so that the 8x8 blocks of a JPEG start at the edge of the window
+    corners = [[8 * int(rng.integers(max(n - side, 0) // 8 + 1)) for n in (h, w)] for _ in range(8)]
+    windows = [slices[:, top : top + side, left : left + side] for top, left in corners]
+    return max(windows, key=lambda window: np.nan_to_num(np.nanstd(window.astype(np.float32))))
+
+
+def denoise_volume(volume, denoise):
+    """The slices of a formats.Volume, denoised one by one, in their own units and type; what is not finite stays.
+
+    denoise: callable that denoises a float32 tensor (1,1,H,W) with values of about [0,1]. What it changes is added to
+    the stored numbers, so that no change returns the same bits. Raises ValueError below 16x16 pixels.
+    """
+    low, high = finite_range(volume.slices)
+    if min(volume.slices.shape[1:]) < 16:
+        raise ValueError(f"{volume.source}: {'x'.join(map(str, volume.slices.shape[1:]))} pixels, fewer than 16x16")
+    if high == low:
+        return volume.slices
+    scale, offset = scaling(volume, low, high)
+    wide = np.float64 if volume.slices.dtype.itemsize > 2 else np.float32
+    out = np.empty(volume.slices.shape, volume.slices.dtype)
+    for s, raw in enumerate(volume.slices):
+        y = raw.astype(wide)
+        y -= offset
+        y /= scale
+        y = np.nan_to_num(y.astype(np.float32, copy=False), copy=False, nan=0, posinf=1, neginf=0)
+        x = denoise(torch.from_numpy(y)[None, None])[0, 0].numpy()
+        x -= y
+        x *= scale
+        out[s] = formats.as_type(raw + x, out.dtype)
+    return out
+
+
+def denoise_files(jobs, denoise, method, folder, problems, force=False, std=None):
+    """Reads, denoises and writes every job. Returns (number of files written, number that were there already).
+
+    Args:
+        denoise: see `denoise_volume`. method: a text that identifies it. folder: Path, for files.json.
+        problems: list to which a line is added for each file that is left out. force: replace existing files.
+        std: callable (job number, [Volume]) to standard deviations [(S,H,W)] in their units, written to Job.std.
+    """
+    record = folder / "files.json"
+    done = json.loads(record.read_text()) if record.exists() else {}
+    written = kept = 0
+    for k, job in enumerate(runtime.progress(jobs, "denoise")):
+        paths = [*job.paths, *([job.std] if std else [])]
+        entry = {"mark": f"{job.digest} {method}"}
+        name = hashlib.blake2b(str([p.relative_to(folder.parent) for p in paths]).encode(), digest_size=8).hexdigest()
+        if done.get(name) == {**entry, "whole": True} and all(path.exists() for path in paths):
+            kept += len(job.paths)
+            continue
+        existing = next((path for path in paths if path.exists()), None)
+        if existing and not force and done.get(name) != {**entry, "whole": False}:
+            problems.append(f"{existing} exists already, and is not of this run: --force replaces it")
+            continue
+        try:
+            readable, volumes = read(job, problems)
+            arrays = [denoise_volume(volume, denoise) for volume in volumes]
+            record_state(record, done, name, {**entry, "whole": False})  # from here on, what is at `paths` is ours
+            formats.write(readable.item, arrays, readable.paths, method)
+            if std:
+                formats.write_std(readable.item, std(k, volumes), job.std)
+            record_state(record, done, name, {**entry, "whole": readable is job})
+            written += len(readable.paths)
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: torch lacks memory
+            text = " ".join(str(error).split())[:300]
+            problems.append(text if str(job.item.files[0].parent) in text else f"{job.paths[0]}: {text}")
+    return written, kept
+
+
+def record_state(record, done, name, state):
+    """Sets done[name] to the state of a job, and writes `done` to the file `record`."""
+    done[name] = state
+    with runtime.atomic_write(record) as temporary:
+        temporary.write_text(json.dumps(done, indent=1) + "\n")

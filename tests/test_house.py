@@ -1,0 +1,82 @@
+"""The house: what may import what, how large a room may be, what is loaded when."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+FLOORS = ("lib", "", "experiments")  # from below: each may import from its own floor and those below it
+ROOMS = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for floor in FLOORS
+    for path in sorted((ROOT / floor).glob("*.py" if floor == "" else "**/*.py"))
+}
+
+
+def imports(room):
+    """The rooms that a room imports, at its head or inside its functions."""
+    names = set()
+    for node in ast.walk(ast.parse(ROOMS[room].read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in names if name in ROOMS and name not in ("lib", "experiments", room)}
+
+
+ARROWS = {room: imports(room) for room in ROOMS}
+
+
+def floor(room):
+    return FLOORS.index(room.split(".")[0] if "." in room or room in FLOORS else "")
+
+
+def test_no_arrow_goes_upwards():
+    assert len(ROOMS) > 25 and "noise" in ARROWS["measure"] and "lib.formats.dicom" in ARROWS["lib.formats"]
+    up = [(room, other) for room, others in ARROWS.items() for other in others if floor(other) > floor(room)]
+    assert not up
+
+
+def test_no_circles():
+    """Taking away, again and again, the rooms that import nothing that is left must leave no room."""
+    left = dict(ARROWS)
+    while left:
+        free = [room for room, others in left.items() if not others & left.keys()]
+        assert free, f"circle among {sorted(left)}"
+        left = {room: others for room, others in left.items() if room not in free}
+
+
+def test_few_scripts_and_arrows():
+    """Ten at the door; at most 50 arrows among what people use, root and lib, with lib/formats as one room."""
+    assert len([room for room in ROOMS if floor(room) == 1]) == 10
+
+    def outer(room):
+        return "lib.formats" if room.startswith("lib.formats") else room
+
+    arrows = {(outer(room), outer(other)) for room in ROOMS if floor(room) < 2 for other in ARROWS[room]}
+    assert len({(a, b) for a, b in arrows if a != b}) <= 50
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("**/*.py")), ids=lambda path: path.name)
+def test_no_room_is_too_large(path):
+    if not any(part.startswith(".") for part in path.relative_to(ROOT).parts):
+        assert len(path.read_text().splitlines()) <= 450
+
+
+@pytest.mark.parametrize("stage", ["bsn", "diffusion", "distill", "experiments.baselines"])
+def test_training_can_be_seen_at_a_glance(stage):
+    (train,) = [n for n in ast.parse(ROOMS[stage].read_text()).body if getattr(n, "name", "") == "train"]
+    assert train.end_lineno - train.lineno < 45
+
+
+def test_a_stage_loads_no_reader_of_image_files():
+    code = "import sys, bsn, diffusion, srds, distill; print(*{m.split('.')[0] for m in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    heavy = {"pydicom", "nibabel", "nilearn", "tifffile", "imagecodecs", "PIL", "skimage", "matplotlib"}
+    assert "h5py" in loaded and not heavy & set(loaded.split())
+
+
+def test_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 8192
