@@ -139,13 +139,7 @@ import warnings
 from functools import partial
 
 import numpy as np
-from skimage.restoration import (
-    calibrate_denoiser,
-    denoise_nl_means,
-    denoise_tv_chambolle,
-    denoise_wavelet,
-    estimate_sigma,
-)
+from skimage import restoration
 
 import data
 import distill
@@ -158,8 +152,8 @@ CLASSICAL = ("nlm", "nlm-calibrated", "tv", "wavelet")
 
 def non_local_means(y, sigma=None):
     """Denoises one slice y (H,W), about [0,1]; sigma is the noise's standard deviation, None to estimate it."""
-    sigma = float(estimate_sigma(y)) if sigma is None else sigma
-    return denoise_nl_means(y, patch_size=5, patch_distance=6, h=0.8 * sigma, sigma=sigma, fast_mode=True)
+    sigma = float(restoration.estimate_sigma(y)) if sigma is None else sigma
+    return restoration.denoise_nl_means(y, patch_size=5, patch_distance=6, h=0.8 * sigma, sigma=sigma, fast_mode=True)
 
 
 def calibrated(method, y):
@@ -168,17 +162,17 @@ def calibrated(method, y):
     The strengths tried are half octaves around what suits white noise of the estimated level. Only the choice is
     J-invariant. The denoiser that is then used sees every pixel: for tv on the built-in brain, 39.4 dB against 32.6 dB.
     """
-    sigma = max(float(estimate_sigma(y)), 1e-4)
+    sigma = max(float(restoration.estimate_sigma(y)), 1e-4)
     strengths = sigma * 2 ** np.arange(-1.5, 2.01, 0.5)
-    nlm = partial(denoise_nl_means, patch_size=5, patch_distance=6, sigma=sigma, fast_mode=True)
+    nlm = partial(restoration.denoise_nl_means, patch_size=5, patch_distance=6, sigma=sigma, fast_mode=True)
     denoise, parameters = {
         "nlm-calibrated": (nlm, {"h": strengths}),
-        "tv": (denoise_tv_chambolle, {"weight": 2 * strengths}),
-        "wavelet": (denoise_wavelet, {"sigma": strengths, "wavelet": ["db2"], "rescale_sigma": [True]}),
+        "tv": (restoration.denoise_tv_chambolle, {"weight": 2 * strengths}),
+        "wavelet": (restoration.denoise_wavelet, {"sigma": strengths, "wavelet": ["db2"], "rescale_sigma": [True]}),
     }[method]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the levels of the wavelet decomposition
-        _, (tried, losses) = calibrate_denoiser(y, denoise, parameters, stride=4, extra_output=True)
+        _, (tried, losses) = restoration.calibrate_denoiser(y, denoise, parameters, stride=4, extra_output=True)
         return denoise(y, **tried[int(np.argmin(losses))])
 
 
@@ -218,16 +212,12 @@ SHAPE = ("arch", "width", "enc_blocks", "middle_blocks", "dec_blocks")
 NETWORKS = (*distill.NETWORKS, "n2n")
 
 
-def constant(step, steps):
-    return 1.0
-
-
 def halved(step, steps):
     """Halves the learning rate after 20, 40, 60 and 80 % of the steps."""
     return 0.5 ** min(4, 5 * step // steps)
 
 
-SCHEDULES = {"cosine": training.warmup_cosine, "halved": halved, "constant": constant}
+SCHEDULES = {"cosine": training.warmup_cosine, "halved": halved, "constant": lambda step, steps: 1.0}
 
 
 def build_network(arch, width, **shape):
@@ -240,11 +230,8 @@ def train(args, checkpoint=None):
     noisy = data.read_volumes(args.data, "noisy", "train")
     data.check_crop(noisy, args.crop)
     torch.manual_seed(args.seed)
-    if checkpoint:
-        model_args, extra = checkpoint["model_args"], checkpoint["extra"]
-    else:
-        model_args = {k: getattr(args, k) for k in SHAPE}
-        extra = dict(crop=args.crop, period=args.period)
+    model_args = checkpoint["model_args"] if checkpoint else {k: getattr(args, k) for k in SHAPE}
+    extra = checkpoint["extra"] if checkpoint else dict(crop=args.crop, period=args.period)
     saved = dict(model_args=model_args, extra=extra, inputs=dict(data=data.fingerprints(args.data)))
     network, schedule = build_network(**model_args), SCHEDULES[args.schedule]
     run = training.Training(args.method, args, checkpoint, network, **saved, schedule=schedule)
@@ -270,9 +257,7 @@ def trained_denoiser(args):
         with runtime.autocast(device, args.precision):
             return network(y.to(device, memory_format=torch.channels_last)).float().cpu()
 
-    def denoise_tile(y):
-        return noise2self(forward, y, period) if period else forward(y)
-
+    denoise_tile = partial(noise2self, forward, period=period) if period else forward
     return lambda y: data.tiled(denoise_tile, y, 1024, 256)
 
 

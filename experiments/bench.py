@@ -41,18 +41,7 @@ import diffusion
 import distill
 import evaluate
 from experiments import baselines
-from experiments.bench_variants import (
-    OURS,
-    PLAIN,
-    UNET,
-    autocast,
-    brain,
-    cases,
-    endless_crops,
-    inference,
-    sampler,
-    trainer,
-)
+from experiments.bench_variants import OURS, PLAIN, UNET, autocast, brain, cases, crops_of, inference, sampler, trainer
 from experiments.resources import in_own_process, median_seconds, peak_memory, seconds_of
 from lib import runtime
 
@@ -150,7 +139,7 @@ def loss_after(args, name, variant, stacks, seed):
     for _ in range(args.steps):
         step()
     torch.manual_seed(0)
-    others = itertools.islice(endless_crops(stacks, 16, crop, OURS, 1000), 4)
+    others = itertools.islice(crops_of(stacks, 16, crop, OURS, 1000), 4)
     with torch.inference_mode(), autocast(variant, device):
         return statistics.mean(case.loss(network, y.to(device), x.to(device)).item() for y, x in others)
 
@@ -180,7 +169,7 @@ def section_crops(args):
                 add(name, volume.shape, ["noisy"], split="train")[0][:] = volume
         streamed = [data.read_volumes(path, memory=0)]
         ways = {"in memory": (stacks, OURS), "streamed from HDF5": (streamed, OURS), "DataLoader": (stacks, PLAIN)}
-        crops = {way: endless_crops(volumes, batch, size, variant) for way, (volumes, variant) in ways.items()}
+        crops = {way: crops_of(volumes, batch, size, variant) for way, (volumes, variant) in ways.items()}
         seconds = median_seconds({way: partial(next, c) for way, c in crops.items()}, args.repeats, args.device)
     for way, s in seconds.items():
         yield dict(way=way, crops=f"{batch}x{size}x{size}", ms=round(1000 * s, 2), crops_per_s=round(batch / s))
@@ -215,9 +204,8 @@ def section_scaling(args):
     """The student on more slices, and on larger ones: seconds and memory of a process of its own."""
     for count, side in ((10, 256), (100, 256), (1000, 256), (10, 128), (10, 512), (10, 1024), (10, 2048)):
         seconds, needed = in_own_process(predict_many, count, side, str(args.device))
-        times = dict(ms_per_slice=round(1000 * seconds / count, 1))
-        times |= dict(ns_per_pixel=round(1e9 * seconds / count / side**2, 1))
-        yield dict(slices=count, side=side, **times, memory_mb=needed)
+        each, pixel = round(1000 * seconds / count, 1), round(1e9 * seconds / count / side**2, 1)
+        yield dict(slices=count, side=side, ms_per_slice=each, ns_per_pixel=pixel, memory_mb=needed)
 
 
 def predict_many(count, side, device_name):
@@ -242,15 +230,7 @@ def predict_many(count, side, device_name):
 # ---------------------------------------------------------------------------------------------------------------
 # command
 # ---------------------------------------------------------------------------------------------------------------
-SECTIONS = {
-    "train": section_train,
-    "losses": section_losses,
-    "infer": section_infer,
-    "sample": section_sample,
-    "crops": section_crops,
-    "student": section_student,
-    "scaling": section_scaling,
-}
+SECTIONS = {name.removeprefix("section_"): f for name, f in globals().items() if name.startswith("section_")}
 
 
 def table(rows):

@@ -30,7 +30,6 @@ from lib import formats, runtime, training
 
 OURS, SAME, PLAIN = "ours", "the same network, plain", "plain"
 UNET, STUDENT = "diffusion U-Net", "student of `fast`"
-LEVEL = 6 / 255  # of the noise
 ABAR = diffusion.alpha_bar()
 
 
@@ -101,10 +100,10 @@ def autocast(variant, device):
 def brain():
     """[{name: noisy}, {name: clean}]: the built-in brain with Gaussian noise of 6/255."""
     x, rng = formats.brain().slices.astype(np.float32) / 255, np.random.default_rng(0)
-    return [{"brain": np.stack([noise.add(s, "gaussian", LEVEL, 0, rng) for s in x])}, {"brain": x}]
+    return [{"brain": np.stack([noise.add(s, "gaussian", 6 / 255, 0, rng) for s in x])}, {"brain": x}]
 
 
-def endless_crops(stacks, batch, size, variant, seed=0):
+def crops_of(stacks, batch, size, variant, seed=0):
     """Training crops without end, made as the variant makes them: [y, x], each (batch,1,size,size)."""
     if variant == OURS:
         return (data.random_crops(stacks, batch, size, runtime.step_rng(seed, k)) for k in itertools.count())
@@ -115,7 +114,7 @@ def endless_crops(stacks, batch, size, variant, seed=0):
 def trainer(size, name, variant, stacks, batch, crop, device, seed=0, steps=10**9):
     """(network, callable that makes one of `steps` training steps as training.Training does, and returns the loss)."""
     case, network = cases(size)[name], build(size, name, variant, device, seed)
-    preset, crops = case.preset, endless_crops(stacks, batch, crop, variant, seed)
+    preset, crops = case.preset, crops_of(stacks, batch, crop, variant, seed)
     betas = (0.9, preset.get("beta2", 0.999))
     optimizer = torch.optim.AdamW(network.parameters(), lr=preset["lr"], betas=betas, fused=variant == OURS)
     schedule = partial(training.warmup_cosine, steps=steps)

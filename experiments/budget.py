@@ -1,10 +1,14 @@
-"""Quality after so many minutes of training: the pipeline without clean images, and NAFNet trained on clean ones.
+"""Quality after so many minutes of training: the recipe without clean images, and NAFNet trained on clean ones.
 
-    python results/budget.py ours|supervised|student NOISY.h5 FOLDER [MINUTES...]          # default 1 2 4 8
+    python -m experiments.budget ours NOISY.h5 FOLDER                  # after 1, 2, 4 and 8 minutes
+    python -m experiments.budget supervised NOISY.h5 FOLDER 3 6        # after 3 and 6 minutes
 
-ours: `denoise.py --recipe recorrupted` with the --effort that takes so long, blind-spot network and student together.
-supervised: `distill.py --target clean --preset nafnet`. student: the same with the network of `fast`. How long a step
-takes is measured first. Prints the training time that was taken and the PSNR and SSIM on the test split.
+    ours         `denoise.py --recipe recorrupted`, blind-spot network and student together
+    supervised   `distill.py --target clean --preset nafnet`
+    student      the same with the network of preset `fast`
+
+How long a step takes is measured first, on a twentieth of the usual training. Prints a Markdown table: the seconds of
+training that were really taken, PSNR and SSIM on the test split.
 """
 
 import json
@@ -12,19 +16,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import distill
+from lib import runtime
+
 ROOT = Path(__file__).parent.parent
 
 
 def run(script, *flags):
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(done.stderr)
-
-
-def trained(*logs):
-    """Seconds of training."""
-    return sum(json.loads(Path(log).read_text().splitlines()[-1])["seconds"] for log in logs)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def attempt(way, noisy, folder, effort):
@@ -32,23 +32,34 @@ def attempt(way, noisy, folder, effort):
     out = folder / f"{way}-{effort:.3f}"
     if way == "ours":
         run("denoise", "--data", noisy, "--out", out, "--recipe", "recorrupted", "--effort", effort)
-        seconds, pred = trained(out / "bsn.jsonl", out / "recorrupted.jsonl"), out / "denoised.h5"
+        pred, logs = out / "denoised.h5", [out / "bsn.jsonl", out / "recorrupted.jsonl"]
     else:
         out.mkdir(exist_ok=True)
-        preset, steps = ("nafnet", 1500) if way == "supervised" else ("fast", 5000)
-        flags = ["--target", "clean", "--preset", preset, "--steps", max(1, round(effort * steps)), "--split", "test"]
-        pred = out / "out.h5"
+        pred, logs = out / "out.h5", [out / "model.jsonl"]
+        preset = "nafnet" if way == "supervised" else "fast"
+        steps = max(1, round(effort * distill.PRESETS[preset]["steps"]))
+        flags = ["--target", "clean", "--preset", preset, "--steps", steps, "--split", "test"]
         run("distill", "--data", noisy, *flags, "--model", out / "model.pt", "--out", pred)
-        seconds = trained(out / "model.jsonl")
     run("evaluate", "--data", noisy, "--pred", f"x={pred}", "--json", out / "results.json")
     found = json.loads((out / "results.json").read_text())["x"]
+    seconds = sum(json.loads(log.read_text().splitlines()[-1])["seconds"] for log in logs)
     return seconds, found["psnr"], found["ssim"]
 
 
-way, noisy, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-folder.mkdir(parents=True, exist_ok=True)
-whole = attempt(way, noisy, folder, 0.05)[0] / 0.05
-print(f"| {way} | minutes | seconds of training | PSNR | SSIM |\n|---|---|---|---|---|", flush=True)
-for minutes in map(float, sys.argv[4:] or (1, 2, 4, 8)):
-    seconds, psnr, ssim = attempt(way, noisy, folder, 60 * minutes / whole)
-    print(f"| {way} | {minutes:g} | {seconds:.0f} | {psnr:.2f} | {ssim:.4f} |", flush=True)
+def main():
+    p = runtime.parser(__doc__)
+    p.add_argument("way", choices=("ours", "supervised", "student"))
+    p.add_argument("noisy", metavar="NOISY.h5", help="dataset with clean images, which only the table needs")
+    p.add_argument("folder", type=Path, help="for everything that is made")
+    p.add_argument("minutes", type=float, nargs="*", default=[1, 2, 4, 8], help="default 1 2 4 8")
+    args = p.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    usual = attempt(args.way, args.noisy, args.folder, 0.05)[0] / 0.05  # seconds of training at effort 1
+    print(f"| {args.way} | minutes | seconds of training | PSNR | SSIM |\n|---|---|---|---|---|", flush=True)
+    for minutes in args.minutes:
+        seconds, psnr, ssim = attempt(args.way, args.noisy, args.folder, 60 * minutes / usual)
+        print(f"| {args.way} | {minutes:g} | {seconds:.0f} | {psnr:.2f} | {ssim:.4f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -41,16 +41,9 @@ def run_methods(stages, args):
     for mode, out in (("single", "single25_out.h5"), ("pair", "srds25_out.h5")):
         denoise.sample(stages, estimate, "diffusion.pt", out, "--steps", 25, "--split", "test", "--mode", mode)
     stages.train(distill, "--target", "clean", out="supervised_out.h5", model="supervised.pt")
-    files = {
-        NLM: "nlm_out.h5",
-        "blind-spot network": "bsn_out.h5",
-        SINGLE: "single25_out.h5",
-        PAIR: "srds25_out.h5",
-        PAPER: paper,
-        "blind-spot network, posterior update": "posterior_out.h5",
-        OURS: ours,
-        BOUND: "supervised_out.h5",
-    }
+    files = {NLM: "nlm_out.h5", "blind-spot network": "bsn_out.h5"}
+    files |= {SINGLE: "single25_out.h5", PAIR: "srds25_out.h5", PAPER: paper}
+    files |= {"blind-spot network, posterior update": "posterior_out.h5", OURS: ours, BOUND: "supervised_out.h5"}
     return {name: stages.path(file) for name, file in files.items()}
 
 
@@ -77,19 +70,18 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not args.effort > 0:
         raise ValueError(f"--effort {args.effort:g} is not positive")
-    folder, began = Path(args.out), time.monotonic()
-    print(f"DiffDenoise demo: built-in brain, Gaussian noise {LEVEL}; everything goes to {folder}/", flush=True)
-    stages = denoise.Stages(folder, folder / "brain.h5", args)
+    began = time.monotonic()
+    print(f"DiffDenoise demo: built-in brain, Gaussian noise {LEVEL}; everything goes to {args.out}/", flush=True)
+    stages = denoise.Stages(Path(args.out), Path(args.out) / "brain.h5", args)
     files = run_methods(stages, args)
     dataset, results, figure = (stages.path(name) for name in ("brain.h5", "results.json", "report.png"))
     print()
     preds = [f"{name}={file}" for name, file in files.items()]
     evaluate.main(["--data", dataset, "--pred", *preds, "--json", results])
-    shown = (NLM, PAIR, PAPER, OURS, BOUND)
-    evaluate.figure(dataset, {name: files[name] for name in shown}, "test", figure)
+    evaluate.figure(dataset, {name: files[name] for name in (NLM, PAIR, PAPER, OURS, BOUND)}, "test", figure)
     print(f"\n{verdict(json.loads(Path(results).read_text()))}\n")
-    noise_flags = ["--noise", stages.path(stages.noise_file)]
-    evaluate.main(["--no-reference", "--data", dataset, *noise_flags, "--pred", f"student={files[OURS]}"])
+    known = ["--noise", stages.path(stages.noise_file)]
+    evaluate.main(["--no-reference", "--data", dataset, *known, "--pred", f"student={files[OURS]}"])
     seconds = [f"{name} {done['seconds']:.0f}" for name, done in stages.done.items() if name != "data"]
     print(f"\nSeconds: {', '.join(seconds)}; this call {time.monotonic() - began:.0f}. Figure: {figure}")
 

@@ -1,64 +1,72 @@
-"""How well `noise.py measure` finds the noise, from noisy images alone: results/noise_measured.md.
+"""How well measure.py finds the noise, from noisy images alone: prints the tables of results/noise_measured.md.
 
-    python results/noise_table.py NAME=CLEAN.h5 ... [--xray NAME ...] [--quiet SIGMA]
+    python -m experiments.noise_table NAME=CLEAN.h5 ... [--xray NAME ...] [--quiet SIGMA]
 
 Adds every noise of the paper at half, one and two times its level to clean images, and measures it. Scanner images
-carry noise of their own, which a measurement rightly includes: --quiet takes it out of the clean images first
-(non-local means).
+carry noise of their own, which a measurement rightly includes; --quiet removes it from the clean images first, by
+non-local means.
 Level: error of the standard deviation at the median intensity of the pixels above a tenth of the range. Correlation:
 largest error up to two pixels apart.
 """
 
-import argparse
-import sys
-from pathlib import Path
-
 import numpy as np
 from skimage.restoration import denoise_nl_means
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import data
 import measure
 import noise
-import runtime
+from lib import runtime
 
-p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument("sources", nargs="+", metavar="NAME=CLEAN.h5")
-p.add_argument("--xray", nargs="*", default=[], help="names of those with the paper's levels for X-rays")
-p.add_argument("--quiet", type=runtime.fraction, help="deviation of the clean images' own noise, to be taken out")
-args = p.parse_args()
-print("| images | noise | correlation | level error at 0.5, 1, 2 times | form | correlation error | blind spot |")
-print("|---|---|---|---|---|---|---|")
-near = slice(noise.REACH - 2, noise.REACH + 3)
-for source in args.sources:
-    name, path = source.split("=")
+NEAR = slice(noise.REACH - 2, noise.REACH + 3)
+
+
+def read_images(path, sigma):
+    """At most 48 slices of a dataset, evenly spread; sigma: deviation of the noise to remove from them, or None."""
     volumes = data.read_volumes(path)
-    slices = [(v, s) for v, volume in volumes.items() for s in range(len(volume))]
-    count = max(1, min(48, int(4e6 / np.mean([v[0].size for v in volumes.values()]))))
-    images = [
-        np.asarray(volumes[v][s]) for v, s in (slices[i] for i in np.linspace(0, len(slices) - 1, count).astype(int))
-    ]
-    if args.quiet:
-        known = dict(patch_size=5, patch_distance=6, h=0.8 * args.quiet, sigma=args.quiet, fast_mode=True)
-        images = [np.maximum(denoise_nl_means(x, **known), 0) for x in images]
-    values = np.concatenate([x.ravel() for x in images])
-    middle = np.median(values[values > 0.1])
-    levels = dict(gaussian=6 / 255, poisson=700 if name in args.xray else 200, gamma=500 if name in args.xray else 100)
-    for kind, level in levels.items():
-        for correlation in (0, 0.5, 1.2):
-            off, apart, forms, spots = [], [], [], []
-            for factor in (0.5, 1, 2):
-                scaled = level * factor if kind == "gaussian" else level / factor**2
-                noisy = [noise.add(x, kind, scaled, correlation, runtime.step_rng(0, s)) for s, x in enumerate(images)]
-                lowest = min(x.min() for x in noisy)  # as the command does: never negative, a magnitude
-                model, truth = measure.measure(noisy, magnitude=lowest >= 0), noise.known(kind, scaled, correlation)
-                off.append(float(np.sqrt(noise.variance(model, middle) / noise.variance(truth, middle)) - 1))
-                apart.append(np.abs(np.array(model["correlation"]) - truth["correlation"])[near, near].max())
-                forms.append(model["form"])
-                spots.append(model["blind_spot"])
-            errors = ", ".join(f"{100 * o:+.1f} %" for o in off)
-            print(
-                f"| {name} | {kind} | {correlation} | {errors} | {', '.join(sorted(set(forms)))} "
-                f"| {', '.join(f'{a:.3f}' for a in apart)} | {', '.join(map(str, spots))} |",
-                flush=True,
-            )
+    slices = [(name, s) for name, volume in volumes.items() for s in range(len(volume))]
+    count = max(1, min(48, int(4e6 / np.mean([volume[0].size for volume in volumes.values()]))))
+    chosen = np.linspace(0, len(slices) - 1, count).astype(int)
+    images = [np.asarray(volumes[name][s]) for name, s in (slices[i] for i in chosen)]
+    if not sigma:
+        return images
+    known = dict(patch_size=5, patch_distance=6, h=0.8 * sigma, sigma=sigma, fast_mode=True)
+    return [np.maximum(denoise_nl_means(x, **known), 0) for x in images]
+
+
+def row(name, images, kind, level, correlation):
+    """A line of the table: one kind of noise, at three levels."""
+    middle = np.median(np.concatenate([x[x > 0.1] for x in images]))
+    off, apart, laws, spots = [], [], set(), []
+    for factor in (0.5, 1, 2):
+        scaled = level * factor if kind == "gaussian" else level / factor**2
+        noisy = [noise.add(x, kind, scaled, correlation, runtime.step_rng(0, s)) for s, x in enumerate(images)]
+        lowest = min(x.min() for x in noisy)  # images that are never negative are magnitudes, as for the command
+        found, true = measure.measure(noisy, magnitude=lowest >= 0), noise.known(kind, scaled, correlation)
+        off.append(float(np.sqrt(noise.variance(found, middle) / noise.variance(true, middle)) - 1))
+        apart.append(np.abs(np.array(found["correlation"]) - true["correlation"])[NEAR, NEAR].max())
+        laws.add(noise.law(found))
+        spots.append(found["blind_spot"])
+    errors, apart = ", ".join(f"{100 * o:+.1f} %" for o in off), ", ".join(f"{a:.3f}" for a in apart)
+    entries = name, kind, correlation, errors, ", ".join(sorted(laws)), apart, ", ".join(map(str, spots))
+    return f"| {' | '.join(map(str, entries))} |"
+
+
+def main():
+    p = runtime.parser(__doc__)
+    p.add_argument("sources", nargs="+", metavar="NAME=CLEAN.h5")
+    p.add_argument("--xray", nargs="*", default=[], help="names of those with the paper's levels for X-rays")
+    p.add_argument("--quiet", type=runtime.fraction, help="deviation of the clean images' own noise, to be removed")
+    args = p.parse_args()
+    print("| images | noise | correlation | level error at 0.5, 1, 2 times | law | correlation error | blind spot |")
+    print("|---|---|---|---|---|---|---|")
+    for source in args.sources:
+        name, path = source.split("=")
+        images = read_images(path, args.quiet)
+        levels = dict(poisson=700, gamma=500) if name in args.xray else dict(poisson=200, gamma=100)
+        for kind, level in {"gaussian": 6 / 255, **levels}.items():
+            for correlation in (0, 0.5, 1.2):
+                print(row(name, images, kind, level, correlation), flush=True)
+
+
+if __name__ == "__main__":
+    main()

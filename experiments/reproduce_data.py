@@ -1,4 +1,6 @@
-"""The images of the paper's tables as datasets of data.py's contract: found in folders, imported, split, cut, joined.
+"""What the paper's tables compare, on which images: methods and cells; image sets found, imported, split, cut, joined.
+
+A cell is one image set with one noise and one seed of the training.
 
 Scale paper (Sec. 4.1): 300x300 patches, the sets' own training splits, the first 200 images of validation or test
 (fastMRI: slices; SIIM: films, all patches of each):
@@ -7,7 +9,8 @@ Scale paper (Sec. 4.1): 300x300 patches, the sets' own training splits, the firs
     FOLDER/siim                    SIIM-FISABIO-RSNA COVID-19: train, test, DICOM
     FOLDER/m4raw                   M4Raw: multicoil_train, multicoil_val; the first repetition, against the mean of all
 
-Scale small, minutes on two cores; what is not found is left out, and the built-in brain takes its place:
+Scale small, for minutes on two cores. Sets that are not found are left out; without head and chest, the built-in brain
+takes their place:
 
     FOLDER/brain_t1_dicom          one head, 192 slices, blocks of 80, 10 and 10 %
     FOLDER/chest_xray              the first 60 files normal_*, 512x512: 42, 3 and 15
@@ -21,47 +24,86 @@ import h5py
 import numpy as np
 
 import data
+import noise
 
+RIVALS = ["supervised", "nlm", "lgbpn", "puca", "nei2nei", "paper", "ours"]
+METHODS = {  # {table: methods, as reproduce.py names them}
+    1: [*RIVALS[:2], "nlm-calibrated", "tv", "wavelet", "noise2self", *RIVALS[2:]],
+    2: RIVALS,
+    3: RIVALS,
+    4: ["paper", "paper-2", "paper-3", "ours", "ours-2", "ours-3"],
+    5: ["nlm", "single", "srds", "kd-single", "paper", "single25", "srds25"],
+}
+CORRELATIONS = (0.5, 1.2)
 MRI = {"gaussian": "6/255", "poisson": "200", "gamma": "100"}
 XRAY = {"gaussian": "6/255", "poisson": "700", "gamma": "500"}
 LEVELS = {"knee": MRI, "brain": MRI, "siim": XRAY, "head": MRI, "chest": XRAY, "mni": MRI}  # Sec. 4.1
 TITLES = {
-    "knee": "Knee",
-    "brain": "Brain T2w",
-    "siim": "Chest X-ray",
-    "m4raw-T1": "M4Raw T1w",
-    "m4raw-FLAIR": "M4Raw FLAIR",
-    "head": "Head T1w",
-    "chest": "Chest X-ray",
-    "m4raw": "M4Raw pairs",
+    "knee": "Knee", "brain": "Brain T2w", "siim": "Chest X-ray", "m4raw-T1": "M4Raw T1w",
+    "m4raw-FLAIR": "M4Raw FLAIR", "head": "Head T1w", "chest": "Chest X-ray", "m4raw": "M4Raw pairs",
     "mni": "Built-in brain",
-}
+}  # fmt: skip
 FIRST = 200  # images of the test sets of fastMRI and SIIM
 
 
-def find(name, folders):
-    """The first of `folders` that holds `name`, joined with it; None if none does."""
-    return next((path for folder in folders if (path := Path(folder) / name).exists()), None)
+# ---------------------------------------------------------------------------------------------------------------
+# cells
+# ---------------------------------------------------------------------------------------------------------------
+def cells(table, scale, sets):
+    """[(image set, kind of noise, correlation, seed)] of a table; kind None: the images have noise of their own."""
+    synthetic = [name for name in sets if not name.startswith("m4raw")]
+    if table == 3:
+        return [(name, None, 0, 0) for name in sets if name.startswith("m4raw")]
+    if not synthetic:
+        return []
+    first = "knee" if scale == "paper" else synthetic[0]
+    if table == 1:
+        kinds = noise.KINDS[:2]
+        return [(name, kind, 0, 0) for name in synthetic for kind in kinds]
+    if table == 2:
+        return [(first, kind, correlation, 0) for kind in noise.KINDS for correlation in CORRELATIONS]
+    correlations = (0, 1.2) if (table, scale) == (4, "small") else (0, *CORRELATIONS)
+    return [(first, "gaussian", correlation, seed) for seed in range(1 + (table == 5)) for correlation in correlations]
+
+
+def name_of(dataset, kind, correlation, seed):
+    """The name of a cell's files."""
+    return "-".join([dataset, *([kind] if kind else []), *([f"{correlation:g}"] if correlation else []), f"s{seed}"])
+
+
+def key_of(cell):
+    """(image set, kind of noise, correlation) of a cell as its JSON has it."""
+    return cell["dataset"], cell["noise"]["kind"], cell["noise"]["correlation"]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# image sets
+# ---------------------------------------------------------------------------------------------------------------
 
 
 def available(scale, folders):
-    """{dataset: where it lies, or None for the built-in brain} of a scale."""
+    """{image set: its path in one of the folders, or None for the built-in brain} of a scale."""
     if scale == "paper":
         places = {"brain": "brain", "knee": "knee", "siim": "siim", "m4raw-T1": "m4raw", "m4raw-FLAIR": "m4raw"}
     else:
         places = {"head": "brain_t1_dicom", "chest": "chest_xray", "m4raw": "m4raw_pairs.h5"}
-    found = {dataset: path for dataset, place in places.items() if (path := find(place, folders))}
+    found = {}
+    for dataset, place in places.items():
+        paths = [path for path in (Path(folder) / place for folder in folders) if path.exists()]
+        if paths:
+            found[dataset] = paths[0]
     if scale == "small" and not {"head", "chest"} & set(found):
         found = {"mni": None} | found
     return found
 
 
 def make(dataset, path, out, folder):
-    """Writes the dataset as `out`; parts that are made on the way lie in `folder`. Raises ValueError, OSError."""
-    if dataset == "mni":
-        return data.main(["import", "--source", "brain", "--out", str(out)])
-    if dataset == "head":
-        return data.main(["import", str(path), "--out", str(out)])
+    """Writes the image set that lies at `path` as the dataset `out`; intermediate files go to `folder`.
+
+    Raises ValueError, OSError if images are missing or cannot be read.
+    """
+    if dataset in ("mni", "head"):
+        return data.main(["import", *(["--source", "brain"] if path is None else [str(path)]), "--out", str(out)])
     if dataset == "chest":
         files = sorted(path.glob("normal_*"))[:60]
         if len(files) < 10:
@@ -69,26 +111,11 @@ def make(dataset, path, out, folder):
         return data.main(["import", *map(str, files), "--split", "0.7,0.05,0.25", "--out", str(out)])
     if dataset == "m4raw":
         return pairs(path, out, 240)
-    if dataset == "siim":
-        sources, flags = (
-            {split: sorted((path / split).rglob("*.dcm")) for split in ("train", "test")},
-            ["--patch", "300"],
-        )
-    else:
-        contrast = {"brain": "AXT2", "m4raw-T1": "T1", "m4raw-FLAIR": "FLAIR"}.get(dataset)
-        pattern = {None: "*.h5", "AXT2": "*AXT2*.h5"}.get(contrast, f"*_{contrast}01.h5")
-        kind = "multicoil" if (path / "multicoil_train").exists() else "singlecoil"
-        ends = {"train": f"{kind}_train", "test": f"{kind}_val"}
-        sources = {split: sorted((path / end).glob(pattern)) for split, end in ends.items()}
-        flags = ["--reference", "mean"] if dataset.startswith("m4raw") else ["--patch", "300"]
-        flags += ["--acquisition", "AXT2"] if dataset == "brain" else []
+    sources, flags = paper_sources(dataset, path)
     for split, files in sources.items():
         if not files:
-            raise ValueError(
-                f"{path}: no images of the {split} split of {TITLES[dataset]} (reproduce_data.py says where)"
-            )
-    if dataset == "siim":
-        sources["test"] = sources["test"][:FIRST]
+            missing = f"no images of the {split} split of {TITLES[dataset]}"
+            raise ValueError(f"{path}: {missing} (reproduce_data.py says how folders are named)")
     parts = [(folder / f"{dataset}_{split}.h5", split) for split in sources]
     for part, split in parts:
         data.main(["import", *map(str, sources[split]), "--split", split, *flags, "--out", str(part)])
@@ -97,8 +124,21 @@ def make(dataset, path, out, folder):
         part.unlink()
 
 
+def paper_sources(dataset, path):
+    """({split: image files}, flags for importing them) of an image set of the scale of the paper."""
+    if dataset == "siim":
+        sources = {split: sorted((path / split).rglob("*.dcm")) for split in ("train", "test")}
+        return {**sources, "test": sources["test"][:FIRST]}, ["--patch", "300"]
+    pattern = {"knee": "*.h5", "brain": "*AXT2*.h5", "m4raw-T1": "*_T101.h5", "m4raw-FLAIR": "*_FLAIR01.h5"}[dataset]
+    kind = "multicoil" if (path / "multicoil_train").exists() else "singlecoil"
+    folders = {"train": f"{kind}_train", "test": f"{kind}_val"}
+    flags = ["--reference", "mean"] if dataset.startswith("m4raw") else ["--patch", "300"]
+    flags += ["--acquisition", "AXT2"] if dataset == "brain" else []
+    return {split: sorted((path / folder).glob(pattern)) for split, folder in folders.items()}, flags
+
+
 def join(parts, out, limits):
-    """One dataset of several files [(path, split)]; of a split in `limits`, the first so many slices. Streams."""
+    """Writes one dataset from several files [(path, split)], slice by slice; limits: {split: most slices of it}."""
     with data.write_volumes(out, "dataset", "reproduce") as add:
         for path, split in parts:
             left, attrs = limits.get(split, np.inf), data.read_attrs(path)[1]
@@ -126,11 +166,8 @@ def pairs(path, out, count=None, reference="others"):
         noisy, mean3 = (file[key][:count].astype("f4") / 255 for key in ("noisy", "mean3"))
     n, clean = len(noisy), (3 * mean3 - noisy) / 2 if reference == "others" else mean3
     with data.write_volumes(out, "dataset", "m4raw_pairs") as add:
-        for split, first, end in (
-            ("train", 0, n * 7 // 10),
-            ("val", n * 7 // 10, n * 8 // 10),
-            ("test", n * 8 // 10, n),
-        ):
+        blocks = ("train", 0, n * 7 // 10), ("val", n * 7 // 10, n * 8 // 10), ("test", n * 8 // 10, n)
+        for split, first, end in blocks:
             y = noisy[first:end]
             attrs = dict(split=split, scale=255.0, offset=0.0, source="M4Raw", fingerprint=data.fingerprint(y))
             arrays = add(f"m4raw_{first:03d}-{end - 1:03d}", y.shape, ["noisy", "clean"], **attrs)

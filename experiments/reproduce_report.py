@@ -1,10 +1,12 @@
-"""Of the cells of reproduce.py: the tables in the paper's layout, its claims against the numbers, Figures 3 and 4.
+"""From the cells of reproduce.py: the tables in the paper's layout, its claims against the numbers, Figures 3 and 4.
 
-In    OUT/*.json                     cells
-      WORK/<cell>/*.h5, *.pt         what the figures show; a figure whose files are gone is left as it is
-Out   OUT/tables.md, OUT/figure3.png, OUT/figure4.png
+    In    OUT/*.json                     cells
+          WORK/<cell>/*.h5, *.pt         what the figures show; a figure whose files are gone is left as it is
+    Out   OUT/tables.md, OUT/figure3.png, OUT/figure4.png
 
-python reproduce.py --table none --out results/reproduce          # writes them again, runs nothing
+    python -m experiments.reproduce --table none --out results/reproduce          # writes them again, runs nothing
+
+A claim is "refuted" only at the scale of the paper: short training can show that it holds, not that it does not.
 """
 
 import json
@@ -14,96 +16,75 @@ import numpy as np
 from scipy.stats import wilcoxon
 
 import evaluate
-import reproduce
-import reproduce_figures
-import runtime
-from reproduce_data import TITLES
+from experiments import reproduce_figures
+from experiments.reproduce_data import METHODS, RIVALS, TITLES, cells, key_of, name_of
+from lib import runtime
 
 NAMES = {
-    "noisy": "Noisy",
-    "supervised": "Supervised",
-    "nlm": "Non-local means, level measured",
-    "nlm-calibrated": "Non-local means, calibrated",
-    "tv": "Total variation, calibrated",
-    "wavelet": "Wavelets, calibrated",
-    "noise2self": "Noise2Self",
-    "lgbpn": "LG-BPN",
-    "puca": "PUCA",
-    "nei2nei": "Neighbor2Neighbor",
-    "paper": "Paper's recipe",
-    "paper-2": "Paper's recipe, round 2",
-    "paper-3": "Paper's recipe, round 3",
-    "ours": "Our recipe (recorruption)",
-    "ours-2": "Our recipe, round 2",
-    "ours-3": "Our recipe, round 3",
-    "single": "no SRDS, no KD",
-    "srds": "SRDS",
-    "kd-single": "KD",
-    "single25": "no SRDS, no KD, 25 steps",
-    "srds25": "SRDS, 25 steps",
-}
-# The paper's tables: {table: (columns, {method: cells})}.
-PAPER = {
-    1: (
-        "Brain T2w, Gaussian | Brain T2w, Poisson | Knee, Gaussian | Knee, Poisson | Chest, Gaussian | Chest, Poisson",
-        {
-            "noisy": "32.57/0.769 31.34/0.849 32.57/0.828 30.39/0.798 32.57/0.782 31.20/0.734",
-            "supervised": "37.95/0.946 36.40/0.946 36.59/0.902 35.17/0.881 37.55/0.914 37.21/0.906",
-            "noise2self": "33.00/0.895 32.60/0.892 32.26/0.751 31.71/0.734 32.93/0.784 33.06/0.784",
-            "lgbpn": "32.61/0.903 33.14/0.902 32.58/0.761 32.20/0.751 34.54/0.840 35.05/0.841",
-            "puca": "35.45/0.909 34.14/0.908 33.82/0.797 31.72/0.749 35.56/0.856 34.11/0.822",
-            "nei2nei": "36.69/0.935 35.47/0.930 36.08/0.894 34.48/0.864 36.12/0.894 35.56/0.880",
-            "paper": "36.68/0.942 35.44/0.942 36.02/0.897 35.31/0.893 35.95/0.905 35.30/0.901",
-        },
-    ),
-    2: (
-        "Knee, Gaussian 0.5 | Gaussian 1.2 | Poisson 0.5 | Poisson 1.2 | Gamma 0.5 | Gamma 1.2",
-        {
-            "noisy": "32.57/0.830 32.57/0.846 30.40/0.801 30.39/0.823 32.92/0.896 32.92/0.908",
-            "supervised": "36.41/0.900 36.33/0.914 35.33/0.898 35.14/0.905 36.84/0.913 36.61/0.917",
-            "lgbpn": "31.78/0.729 30.59/0.703 31.62/0.724 30.65/0.705 31.69/0.728 30.69/0.706",
-            "puca": "32.57/0.769 32.23/0.760 32.20/0.761 32.03/0.756 32.39/0.764 31.91/0.751",
-            "nei2nei": "35.68/0.881 33.91/0.850 34.27/0.859 32.35/0.839 35.37/0.889 34.13/0.891",
-            "paper": "35.99/0.892 35.31/0.878 34.92/0.881 34.85/0.869 36.63/0.905 35.40/0.895",
-        },
-    ),
-    3: (
-        "M4Raw T1w | M4Raw FLAIR",
-        {
-            "noisy": "30.19/0.796 29.95/0.781",
-            "supervised": "32.17/0.888 31.65/0.844",
-            "nei2nei": "31.11/0.898 30.71/0.869",
-            "lgbpn": "30.20/0.871 29.22/0.795",
-            "puca": "31.50/0.898 31.16/0.852",
-            "paper": "31.95/0.900 31.44/0.864",
-        },
-    ),
-    4: (
-        "Knee, white | Knee, 0.5 | Knee, 1.2",
-        {
-            "noisy": "32.57/0.828 32.57/0.830 32.57/0.846",
-            "paper": "36.02/0.897 35.99/0.892 35.31/0.878",
-            "paper-2": "36.10/0.900 36.05/0.898 35.98/0.893",
-            "paper-3": "36.11/0.899 36.09/0.899 36.07/0.898",
-        },
-    ),
-    5: (
-        "Knee, white | Knee, 0.5 | Knee, 1.2",
-        {
-            "single": "33.48/0.793 33.88/0.768 31.50/0.729",
-            "srds": "35.87/0.896 35.73/0.890 34.95/0.874",
-            "kd-single": "33.15/0.781 32.90/0.754 30.61/0.713",
-            "paper": "36.02/0.897 35.99/0.892 35.31/0.878",
-        },
-    ),
-}
-HEADS = {
-    1: "white noise",
-    2: "correlated noise (blurred by 0.5 or 1.2 pixels)",
-    3: "real noise",
-    4: "rounds, Gaussian noise",
-    5: "SRDS and knowledge distillation (KD), Gaussian noise",
-}
+    "noisy": "Noisy", "supervised": "Supervised", "nlm": "Non-local means, level measured",
+    "nlm-calibrated": "Non-local means, calibrated", "tv": "Total variation, calibrated",
+    "wavelet": "Wavelets, calibrated", "noise2self": "Noise2Self", "lgbpn": "LG-BPN", "puca": "PUCA",
+    "nei2nei": "Neighbor2Neighbor", "paper": "Paper's recipe", "paper-2": "Paper's recipe, round 2",
+    "paper-3": "Paper's recipe, round 3", "ours": "Our recipe (recorruption)", "ours-2": "Our recipe, round 2",
+    "ours-3": "Our recipe, round 3", "single": "no SRDS, no KD", "srds": "SRDS", "kd-single": "KD",
+    "single25": "no SRDS, no KD, 25 steps", "srds25": "SRDS, 25 steps",
+}  # fmt: skip
+BOLD = (
+    "Bold: the best of the self-supervised, if it is above each other one at p < 0.05 (paired Wilcoxon test over "
+    "the test images, one-sided; neighbouring slices of one volume are not independent)."
+)
+GAPS = (
+    "Differences of PSNR in dB, or of SSIM, between the paper's recipe (or ours) and another row; a number for\n"
+    "each column. Seen: as claimed in every column, at p < 0.05 where a sign is claimed."
+)
+# The paper's own tables: for each, what it is about and its columns, then PSNR/SSIM of each method.
+PAPER_TEXT = """
+white noise
+Brain T2w, Gaussian | Brain T2w, Poisson | Knee, Gaussian | Knee, Poisson | Chest, Gaussian | Chest, Poisson
+noisy      32.57/0.769 31.34/0.849 32.57/0.828 30.39/0.798 32.57/0.782 31.20/0.734
+supervised 37.95/0.946 36.40/0.946 36.59/0.902 35.17/0.881 37.55/0.914 37.21/0.906
+noise2self 33.00/0.895 32.60/0.892 32.26/0.751 31.71/0.734 32.93/0.784 33.06/0.784
+lgbpn      32.61/0.903 33.14/0.902 32.58/0.761 32.20/0.751 34.54/0.840 35.05/0.841
+puca       35.45/0.909 34.14/0.908 33.82/0.797 31.72/0.749 35.56/0.856 34.11/0.822
+nei2nei    36.69/0.935 35.47/0.930 36.08/0.894 34.48/0.864 36.12/0.894 35.56/0.880
+paper      36.68/0.942 35.44/0.942 36.02/0.897 35.31/0.893 35.95/0.905 35.30/0.901
+
+correlated noise (blurred by 0.5 or 1.2 pixels)
+Knee, Gaussian 0.5 | Gaussian 1.2 | Poisson 0.5 | Poisson 1.2 | Gamma 0.5 | Gamma 1.2
+noisy      32.57/0.830 32.57/0.846 30.40/0.801 30.39/0.823 32.92/0.896 32.92/0.908
+supervised 36.41/0.900 36.33/0.914 35.33/0.898 35.14/0.905 36.84/0.913 36.61/0.917
+lgbpn      31.78/0.729 30.59/0.703 31.62/0.724 30.65/0.705 31.69/0.728 30.69/0.706
+puca       32.57/0.769 32.23/0.760 32.20/0.761 32.03/0.756 32.39/0.764 31.91/0.751
+nei2nei    35.68/0.881 33.91/0.850 34.27/0.859 32.35/0.839 35.37/0.889 34.13/0.891
+paper      35.99/0.892 35.31/0.878 34.92/0.881 34.85/0.869 36.63/0.905 35.40/0.895
+
+real noise
+M4Raw T1w | M4Raw FLAIR
+noisy      30.19/0.796 29.95/0.781
+supervised 32.17/0.888 31.65/0.844
+nei2nei    31.11/0.898 30.71/0.869
+lgbpn      30.20/0.871 29.22/0.795
+puca       31.50/0.898 31.16/0.852
+paper      31.95/0.900 31.44/0.864
+
+rounds, Gaussian noise
+Knee, white | Knee, 0.5 | Knee, 1.2
+noisy      32.57/0.828 32.57/0.830 32.57/0.846
+paper      36.02/0.897 35.99/0.892 35.31/0.878
+paper-2    36.10/0.900 36.05/0.898 35.98/0.893
+paper-3    36.11/0.899 36.09/0.899 36.07/0.898
+
+SRDS and knowledge distillation (KD), Gaussian noise
+Knee, white | Knee, 0.5 | Knee, 1.2
+single     33.48/0.793 33.88/0.768 31.50/0.729
+srds       35.87/0.896 35.73/0.890 34.95/0.874
+kd-single  33.15/0.781 32.90/0.754 30.61/0.713
+paper      36.02/0.897 35.99/0.892 35.31/0.878
+"""
+PAPER = {}  # {table: (what it is about, columns, {method: [PSNR/SSIM]})}
+for block in PAPER_TEXT.strip().split("\n\n"):
+    about, heads, *rows = block.splitlines()
+    PAPER[len(PAPER) + 1] = about, heads, {method: numbers for method, *numbers in map(str.split, rows)}
 
 
 class Column:
@@ -121,7 +102,7 @@ class Column:
         return float(np.mean([run["methods"][method][measure] for run in self.runs]))
 
     def slices(self, method, measure):
-        """Of each test image, the mean over the seeds."""
+        """The mean over the seeds, for each test image."""
         return np.mean([run["methods"][method]["slices"][measure] for run in self.runs], axis=0)
 
     def above(self, method, other, measure="psnr"):
@@ -138,28 +119,25 @@ class Column:
         return first if all(self.above(first, m, measure) < 0.05 for m in rivals if m != first) else None
 
 
-def key_of(run):
-    return run["dataset"], run["noise"]["kind"], run["noise"]["correlation"]
-
-
 def columns(runs, table):
-    """The columns of a table that have been run: seeds with all of its methods, or else whatever there is."""
+    """The columns of a table that have been run: of each, the seeds with all of its methods, or else the first seed."""
     sets, groups = [name for name in TITLES if any(run["dataset"] == name for run in runs)], {}
-    own = [m for m in reproduce.METHODS[table] if table < 4 or m not in reproduce.RIVALS]  # that no other table has
-    for *key, seed in reproduce.cells(table, runs[0]["scale"], sets):
+    own = [m for m in METHODS[table] if table < 4 or m not in RIVALS]  # methods that no other table has
+    for *key, seed in cells(table, runs[0]["scale"], sets):
         found = [run for run in runs if (*key_of(run), run["seed"]) == (*key, seed)]
         if any(m in run["methods"] for run in found for m in own):
             groups.setdefault(tuple(key), []).extend(found)
-    whole = {k: [r for r in group if set(reproduce.METHODS[table]) <= set(r["methods"])] for k, group in groups.items()}
-    return [Column(whole[key] or group[:1]) for key, group in groups.items()]
+    complete = {k: [r for r in group if set(METHODS[table]) <= set(r["methods"])] for k, group in groups.items()}
+    return [Column(complete[key] or group[:1]) for key, group in groups.items()]
 
 
 def markdown(table, cols):
-    """A table in the paper's layout, and the paper's own below."""
-    order = [m for m in ("noisy", *reproduce.METHODS[table]) if any(col.has(m) for col in cols)]
-    lines = [f"## Table {table}: {HEADS[table]}", "", f"| | {' | '.join(c.title for c in cols)} |"]
+    """A table in the paper's layout, and below it the paper's own."""
+    order = [m for m in ("noisy", *METHODS[table]) if any(col.has(m) for col in cols)]
+    about, heads, rows = PAPER[table]
+    lines = [f"## Table {table}: {about}", "", f"| | {' | '.join(c.title for c in cols)} |"]
     lines.append("|---" * (len(cols) + 1) + "|")
-    best = {measure: [col.best(reproduce.METHODS[table], measure) for col in cols] for measure in ("psnr", "ssim")}
+    best = {measure: [col.best(METHODS[table], measure) for col in cols] for measure in ("psnr", "ssim")}
     name = {**NAMES, "paper": "SRDS, KD"} if table == 5 else NAMES
     for method in order:
         entries = []
@@ -174,37 +152,41 @@ def markdown(table, cols):
     counts = sorted({int(col.runs[0]["methods"]["noisy"]["n"]) for col in cols})
     seeds = max(len(col.runs) for col in cols)
     lines += ["", f"PSNR/SSIM. Test images: {', '.join(map(str, counts))}; seeds of the training: {seeds}.", ""]
-    heads, rows = PAPER[table]
     lines += ["The paper's, on its data:", "", f"| | {heads} |", "|---" * (heads.count("|") + 2) + "|"]
-    lines += [f"| {name[method]} | {' | '.join(numbers.split())} |" for method, numbers in rows.items()]
+    lines += [f"| {name[method]} | {' | '.join(numbers)} |" for method, numbers in rows.items()]
     return [*lines, ""]
 
 
-def extras(cols):
+def leak_and_cost(cols):
     """Noise leak, and seconds of one processor core, of the methods of Table 1."""
-    order = [m for m in NAMES if m in reproduce.METHODS[1] and all(col.has(m) for col in cols)]
-    heads = [col.title for col in cols]
-    lines = ["## Noise leak and cost, cells of Table 1", ""]
-    lines += [f"| | {' | '.join(f'leak, {h}' for h in heads)} | {' | '.join(f'seconds, {h}' for h in heads)} |"]
-    lines += ["|---" * (2 * len(cols) + 1) + "|"]
+    order = [m for m in NAMES if m in METHODS[1] and all(col.has(m) for col in cols)]
+    heads = [f"{word}, {col.title}" for word in ("leak", "seconds") for col in cols]
+    lines = [
+        "## Noise leak and cost, cells of Table 1",
+        "",
+        f"| | {' | '.join(heads)} |",
+        "|---" * (len(heads) + 1) + "|",
+    ]
     for method in order:
         leaks = [f"{col.mean(method, 'leak'):.2f}" for col in cols]
         seconds = [f"{col.mean(method, 'processor_seconds'):.0f}" for col in cols]
         lines.append(f"| {NAMES[method]} | {' | '.join(leaks)} | {' | '.join(seconds)} |")
     note = (
-        "Seconds: processor time of all stages that a method stands on, training and prediction together; a stage that "
-        "was interrupted counts from its last start."
+        "Seconds: processor time of all stages that a method stands on, training and prediction together; a stage that"
     )
-    return [*lines, "", note, ""]
+    return [*lines, "", f"{note} was interrupted counts from its last start.", ""]
 
 
 def claims(tables):
-    """What the paper claims, as differences of PSNR or SSIM between two rows, and what came out: Markdown lines."""
+    """What the paper claims, as differences of PSNR or SSIM between two rows, and what came out: Markdown lines.
+
+    tables: {table: its columns}.
+    """
 
     def gaps(table, method, others, measure="psnr"):
-        """[(difference from the best of the others, p that it is positive, p that it is negative)] of whole columns."""
+        """[(difference from the best of the others, p that it is positive, p that it is negative)], a column each."""
         found, others = [], [others] if isinstance(others, str) else others
-        others = [m for m in others if m in ("noisy", *reproduce.METHODS[table])]
+        others = [m for m in others if m in ("noisy", *METHODS[table])]
         for col in tables.get(table, []):
             if col.has(method, *others):
                 other = max(others, key=lambda m: col.mean(m, measure))
@@ -213,7 +195,8 @@ def claims(tables):
         return found
 
     blind = ["noise2self", "lgbpn", "puca", "nei2nei"]
-    # Claimed is a sign (+1, -1: p < 0.05 decides) or an interval of dB; None: nothing is claimed.
+    # (section, claim, the paper's numbers, what is claimed, what came out). Claimed is a sign, +1 or -1, for which
+    # p < 0.05 decides, or an interval of dB; None: nothing is claimed.
     rows = [
         ("4.3", "highest SSIM of the self-supervised, white noise", "all 6", 1, gaps(1, "paper", blind, "ssim")),
         ("4.3", "PSNR close to Neighbor2Neighbor or higher", "-0.26 to +0.83", (-0.3, 9), gaps(1, "paper", "nei2nei")),
@@ -238,24 +221,25 @@ def claims(tables):
         ("ours", "round 2 gains over round 1", "", 1, gaps(4, "ours-2", "ours")),
         ("ours", "round 3 gains over round 2", "", 1, gaps(4, "ours-3", "ours-2")),
     ]
-    lines = ["## The claims", ""]
-    lines += [
-        "Differences of PSNR in dB, or of SSIM, between the paper's recipe (or ours) and another row; a number for"
-    ]
-    lines += [
-        "each column. Confirmed: as claimed in every column, at p < 0.05 where a sign is claimed; refuted: the reverse."
-    ]
+    scales = {run["scale"] for cols in tables.values() for col in cols for run in col.runs}
+    against = "refuted" if scales == {"paper"} else "not seen at this budget"
+    lines = ["## The claims", "", GAPS, f"{against.capitalize()}: the reverse in every column."]
+    if against != "refuted":
+        lines.append("Training as short as this cannot refute what the paper claims for longer training.")
     lines += ["", "| Sec. | claim | paper | here | |", "|---|---|---|---|---|"]
     for section, claim, theirs, claimed, found in rows:
         if found:
             digits = 3 if "SSIM" in claim else 2
             numbers = ", ".join(f"{gap:+.{digits}f}" for gap, _, _ in found)
-            lines.append(f"| {section} | {claim} | {theirs} | {numbers} | {verdict(claimed, found)} |")
+            lines.append(f"| {section} | {claim} | {theirs} | {numbers} | {verdict(claimed, found, against)} |")
     return [*lines, "", *robustness(tables.get(2, []))]
 
 
-def verdict(claimed, found):
-    """In a word, for differences [(gap, p above, p below)]; `claimed` as in `claims`."""
+def verdict(claimed, found, against):
+    """What the differences [(gap, p above, p below)] say of a claim; `claimed` as in `claims`.
+
+    "seen" if it holds in all columns, `against` if the reverse does, else the number of columns for and against it.
+    """
     if claimed is None:
         return ""
     if isinstance(claimed, tuple):
@@ -264,7 +248,7 @@ def verdict(claimed, found):
     else:
         right, wrong = (sum(p[1 if sign > 0 else 2] < 0.05 for p in found) for sign in (claimed, -claimed))
     if right == len(found) or wrong == len(found):
-        return "confirmed" if right else "refuted"
+        return "seen" if right else against
     return f"{right} for, {wrong} against, of {len(found)}"
 
 
@@ -275,7 +259,7 @@ def robustness(cols):
         pairs.setdefault(col.kind, {})[col.correlation] = col
     pairs = {kind: pair for kind, pair in pairs.items() if len(pair) == 2}
     lines = []
-    for method in reproduce.METHODS[2]:
+    for method in METHODS[2]:
         if pairs and all(col.has(method) for pair in pairs.values() for col in pair.values()):
             changes = [pair[1.2].mean(method, "psnr") - pair[0.5].mean(method, "psnr") for pair in pairs.values()]
             lines.append(f"| {NAMES[method]} | {', '.join(f'{change:+.2f}' for change in changes)} |")
@@ -285,7 +269,10 @@ def robustness(cols):
 
 
 def write(out, work):
-    """Writes the tables of all cells in the folder `out`, and the figures that the files in `work` allow."""
+    """Writes the tables of all cells in the folder `out`, and the figures that the files in `work` allow.
+
+    Raises ValueError if there are no cells, or if their scales or budgets differ.
+    """
     out, work = Path(out), Path(work)
     runs = [json.loads(path.read_text()) for path in sorted(out.glob("*-s[0-9]*.json"))]
     if not runs:
@@ -293,39 +280,33 @@ def write(out, work):
     if len({(run["scale"], run["budget"]) for run in runs}) > 1:
         raise ValueError(f"{out} holds cells of several scales or budgets")
     tables = {table: cols for table in PAPER if (cols := columns(runs, table))}
-    budget = {run["budget"] for run in runs} - {None}
+    budget, scale = runs[0]["budget"], f"Scale {runs[0]['scale']}"
+    scale += f": every learned method has {budget:g} seconds of training on one core" if budget else ""
     commits = sorted({m["commit"] for run in runs for m in run["methods"].values() if "commit" in m})
-    lines = [
-        "# The tables of the paper, run here",
-        "",
-        f"Scale {runs[0]['scale']}"
-        + (f": every learned method has {max(budget):g} seconds of training on one core. " if budget else ". ")
-        + f"{len(runs)} cells by `reproduce.py`, commit {', '.join(commits)}; this file by `reproduce_report.py`.",
-        "",
-        evaluate.PROTOCOL.replace("; mean ± sd over slices", "; means over slices"),
-        "Bold: the best of the self-supervised, if it is above each other one at p < 0.05 (paired Wilcoxon test over "
-        "the test images, one-sided; neighbouring slices of one volume are not independent).",
-        "",
-    ]
+    made = f"{len(runs)} cells by `experiments/reproduce.py`, commit {', '.join(commits)}"
+    lines = ["# The tables of the paper, run here", ""]
+    lines += [f"{scale}. {made}; this file by `experiments/reproduce_report.py`.", ""]
+    lines += [evaluate.PROTOCOL.replace("; mean ± sd over slices", "; means over slices"), BOLD, ""]
     for table, cols in tables.items():
         lines += markdown(table, cols)
         if table == 1:
-            lines += extras(cols)
+            lines += leak_and_cost(cols)
     lines += claims(tables)
-    with runtime.whole(out / "tables.md") as temporary:
+    with runtime.atomic_write(out / "tables.md") as temporary:
         temporary.write_text("\n".join(lines))
     print(f"reproduce: {len(runs)} cells -> {out / 'tables.md'}", flush=True)
-    full = [
-        reproduce.name_of(*key_of(run), run["seed"])
+    write_figures(out, work, runs)
+
+
+def write_figures(out, work, runs):
+    """Figure 3 of all cells of Gaussian noise that have every rival, Figure 4 of the last of them."""
+    names = [
+        name_of(*key_of(run), run["seed"])
         for run in runs
-        if run["noise"]["kind"] == "gaussian" and run["seed"] == 0 and set(reproduce.RIVALS) <= set(run["methods"])
+        if run["noise"]["kind"] == "gaussian" and run["seed"] == 0 and set(RIVALS) <= set(run["methods"])
     ]
-    for make, cells in ((reproduce_figures.figure3, full), (reproduce_figures.figure4, full[-1:])):
+    for draw in (reproduce_figures.figure3, reproduce_figures.figure4) if names else ():
         try:
-            print(f"reproduce: {make(out, work, cells, NAMES)}" if cells else "no figures yet", flush=True)
+            print(f"reproduce: {draw(out, work, names, NAMES)}", flush=True)
         except ValueError as error:
-            print(f"reproduce: no {make.__name__}, {error}", flush=True)
-
-
-if __name__ == "__main__":
-    raise SystemExit("run `python reproduce.py --table none`")
+            print(f"reproduce: no {draw.__name__}, {error}", flush=True)

@@ -8,6 +8,7 @@ import os
 import re
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -45,18 +46,18 @@ def peak_memory(device=None):
 
 def in_own_process(function, *arguments):
     """function(*arguments), called in a new process."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def peak_of_command(module, flags, folder="."):
-    """(megabytes in memory at most, seconds) of module.main(flags), run in a process of its own in that folder."""
+    """(GiB in memory at most, seconds) of module.main(flags), run in a process of its own in that folder."""
     return in_own_process(call_main, module, list(map(str, flags)), str(folder))
 
 
 def call_main(module, flags, folder):
+    main, began = importlib.import_module(module).main, time.monotonic()
     os.chdir(folder)
-    began = time.monotonic()
     with contextlib.redirect_stdout(io.StringIO()):
-        importlib.import_module(module).main(flags)
-    return peak_memory(), time.monotonic() - began
+        main(flags)
+    return peak_memory() * 1e6 / 2**30, time.monotonic() - began

@@ -98,8 +98,8 @@ def gradients(fields, holes, least):
 def curves(x, values, levels=None, **axes):
     """Curves over x, and single numbers {label: level} as dotted lines; axes: as for Axes.set."""
     figure, ax = plt.subplots(figsize=(6.5, 2.8))
-    for label, y in values.items():
-        ax.plot(x, y, "o-" if len(x) < 20 else "-", label=label)
+    for k, (label, y) in enumerate(values.items()):
+        ax.plot(x, y, ("o-", "s--")[k % 2] if len(x) < 20 else "-", label=label)
     for (label, level), color in zip((levels or {}).items(), ("k", "tab:gray", "tab:red")):
         ax.axhline(level, color=color, ls=":", label=label)
     ax.set(**axes)

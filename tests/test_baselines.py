@@ -131,7 +131,7 @@ def test_schedules():
     assert [baselines.halved(step, 10) for step in range(11)] == [
         factor for factor in (1, 0.5, 0.25, 0.125, 0.0625) for _ in range(2)
     ] + [0.0625]
-    assert baselines.constant(7, 10) == 1
+    assert baselines.SCHEDULES["constant"](7, 10) == 1
 
 
 def test_fast_is_the_student_s():

@@ -1,4 +1,4 @@
-"""denoise.py --demo from end to end with a hundredth of its training, interrupted once."""
+"""The demo from end to end with a hundredth of its training, interrupted once; denoise.py on a dataset."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import data
 
 
 def test_demo_and_its_resume(tmp_path):
-    first = ok("denoise", "--demo", "--effort", "0.01", cwd=tmp_path).stdout
+    first = ok("denoise", "--demo", "--effort", "0.01", cwd=tmp_path).stdout  # hands over to experiments.demo
     results = json.loads((tmp_path / "demo/results.json").read_text())
     assert list(results) == [
         "noisy",
@@ -27,17 +27,43 @@ def test_demo_and_its_resume(tmp_path):
     assert abs(results["blind-spot network"]["leak"]) < 0.01
     assert results["SRDS pair, 25 steps"]["psnr"] > results["one sample, 25 steps"]["psnr"]
     assert (tmp_path / "demo/report.png").stat().st_size > 10_000 and "Highest PSNR: " in first
+    commands = [line for line in first.splitlines() if line.startswith("$ python")]
+    assert len(commands) == 14 and "$ python -m experiments.baselines --data demo/brain.h5 --sigma 6/255" in first
     # Started again, it does nothing but the table; with one output lost, it makes that one and what follows from it.
     stages = json.loads((tmp_path / "demo/stages.json").read_text())
-    again = ok("denoise", "--demo", "--effort", "0.01", cwd=tmp_path).stdout
-    assert "bsn:" not in again and json.loads((tmp_path / "demo/stages.json").read_text()) == stages
+    again = ok("experiments.demo", "--effort", "0.01", cwd=tmp_path).stdout
+    assert (
+        "bsn:" not in again
+        and "$ python" not in again
+        and json.loads((tmp_path / "demo/stages.json").read_text()) == stages
+    )
     (tmp_path / "demo/srds_out.h5").unlink()
     shutil.copy(tmp_path / "demo/results.json", tmp_path / "before.json")
-    third = ok("denoise", "--demo", "--effort", "0.01", cwd=tmp_path).stdout
+    third = ok("experiments.demo", "--effort", "0.01", cwd=tmp_path).stdout
     assert "diffusion: " not in third and third.count("distill: 50 steps") == 2  # the paper's student, and the bound
     assert json.loads((tmp_path / "demo/results.json").read_text()) == json.loads(
         (tmp_path / "before.json").read_text()
     )
+
+
+COMMANDS = {  # that two rounds print, with what tells them from others
+    "recorrupted": [
+        "measure.py --data knee.h5 --out out/noise_first.json",
+        "bsn.py --data knee.h5 --blind-spot 1 ",
+        "measure.py --data knee.h5 --pred out/bsn_out.h5 --out out/noise.json",
+        "posterior.py --data knee.h5 --pred out/bsn_out.h5 --noise out/noise.json",
+        "distill.py --data knee.h5 --target recorrupted --pred out/posterior_out.h5 --noise out/noise.json --steps ",
+        "distill.py --data knee.h5 --target recorrupted --pred out/recorrupted_out.h5 --noise out/noise_round2.json "
+        "--init out/recorrupted.pt ",
+    ],
+    "paper": [
+        "bsn.py --data knee.h5 --blind-spot 1 ",
+        "diffusion.py --data knee.h5 --cond out/bsn_out.h5 ",
+        "srds.py --cond out/bsn_out.h5 --model out/diffusion.pt ",
+        "distill.py --data knee.h5 --target out/srds_out.h5 ",
+        "diffusion.py --data knee.h5 --cond out/paper_out.h5 ",
+    ],
+}
 
 
 @pytest.mark.parametrize("recipe, rounds", [("recorrupted", 2), ("paper", 2)])
@@ -47,6 +73,8 @@ def test_denoise_a_dataset(recipe, rounds, tmp_path):
     flags = ["--data", "knee.h5", "--out", "out", "--recipe", recipe, "--rounds", rounds, "--effort", "0.004"]
     done = ok("denoise", *flags, cwd=tmp_path)
     assert "| denoised |" in done.stdout
+    for command in COMMANDS[recipe]:
+        assert f"\n$ python {command}" in done.stdout
     denoised = data.read_matching(tmp_path / "out/denoised.h5", tmp_path / "knee.h5")
     assert {name: a.shape for name, a in denoised.items()} == {"v0": (4, 112, 128), "v1": (1, 96, 100)}
     applied = ["--predict", "--data", "knee.h5", "--model", "out/student.pt", "--out", "again.h5"]

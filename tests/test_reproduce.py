@@ -1,18 +1,17 @@
 """The tables: image sets in their exact formats, cells that resume, bold and claims as they should be."""
 
 import json
+import shutil
 
 import h5py
 import numpy as np
 import pytest
-from conftest import ellipses, ok, run
+from conftest import ROOT, ellipses, ok, run
 from test_data import write_dicom
 from test_formats import fastmri
 
 import data
-import reproduce
-import reproduce_data
-import reproduce_report
+from experiments import reproduce, reproduce_data, reproduce_report
 
 
 def slices(rng, n, h, w):
@@ -69,30 +68,33 @@ def test_small_scale_runs_and_resumes(tmp_path):
         for key, values in (("noisy", noisy), ("mean3", (noisy + sum(others)) / 3)):
             file[key] = (255 * values.clip(0, 1)).astype(np.uint8)
     flags = ["--table", "3", "--work", tmp_path / "work", "--data", ".", "--budget", "0.2"]
-    ok("reproduce", *flags, cwd=tmp_path)
+    ok("experiments.reproduce", *flags, cwd=tmp_path)
     path = tmp_path / "reproduced/m4raw-s0.json"
     first = json.loads(path.read_text())
-    assert list(first["methods"]) == ["noisy", *reproduce.METHODS[3]] and first["methods"]["noisy"]["n"] == 6
+    assert list(first["methods"]) == ["noisy", *reproduce_data.METHODS[3]] and first["methods"]["noisy"]["n"] == 6
     table = (tmp_path / "reproduced/tables.md").read_text()
     assert "| Neighbor2Neighbor | " in table and "| 4.4 | PSNR above PUCA, real noise | +0.45, +0.28 |" in table
     assert str(tmp_path) not in path.read_text()
     changed = json.loads(path.read_text())
     del changed["methods"]["puca"]
     path.write_text(json.dumps(changed))
-    said = ok("reproduce", *flags, cwd=tmp_path).stdout
+    said = ok("experiments.reproduce", *flags, cwd=tmp_path).stdout
     assert "m4raw-s0: puca\n" in said and said.count("m4raw-s0") == 1 and "steps in" not in said
     again = json.loads(path.read_text())
     assert again["methods"]["puca"] == first["methods"]["puca"]
     assert {**again, "methods": None} == {**first, "methods": None}
-    wrong = run("reproduce", *flags[:-1], "0.3", cwd=tmp_path)
+    wrong = run("experiments.reproduce", *flags[:-1], "0.3", cwd=tmp_path)
     assert wrong.returncode == 2 and "give another --out" in wrong.stderr
 
 
 def test_cells_of_the_paper():
     sets = ["brain", "knee", "siim", "m4raw-T1", "m4raw-FLAIR"]
-    count = {table: len(reproduce.cells(table, "paper", sets)) for table in range(1, 6)}
+    count = {table: len(reproduce_data.cells(table, "paper", sets)) for table in range(1, 6)}
     assert count == {1: 6, 2: 6, 3: 2, 4: 3, 5: 6}
-    assert reproduce.cells(4, "small", ["head", "chest"]) == [("head", "gaussian", 0, 0), ("head", "gaussian", 1.2, 0)]
+    assert reproduce_data.cells(4, "small", ["head", "chest"]) == [
+        ("head", "gaussian", 0, 0),
+        ("head", "gaussian", 1.2, 0),
+    ]
 
 
 def made_up(kind, correlation, seed=0, **psnr):
@@ -109,7 +111,7 @@ def made_up(kind, correlation, seed=0, **psnr):
 def test_bold_where_the_test_says_so():
     """The best self-supervised row is bold if it wins slice by slice, not if it wins on average alone."""
     base = np.linspace(30, 34, 12)
-    rows = {m: base - k for k, m in enumerate(reproduce.METHODS[1])} | dict(noisy=base, supervised=base + 9)
+    rows = {m: base - k for k, m in enumerate(reproduce_data.METHODS[1])} | dict(noisy=base, supervised=base + 9)
     rows |= dict(puca=base + 2, nei2nei=base + 2.5)
     clear = reproduce_report.markdown(1, [reproduce_report.Column([made_up("gaussian", 0, **rows)])])
     assert "| Neighbor2Neighbor | **34.50**/**0.690** |" in clear and "| Supervised | 41.00/0.820 |" in clear
@@ -119,7 +121,7 @@ def test_bold_where_the_test_says_so():
 
 
 def test_claims():
-    """A difference that the images agree on confirms or refutes a claim; one that they do not is neither."""
+    """A difference that the images agree on decides about a claim, but only the paper's scale can refute one."""
     x, mixed = np.linspace(30, 31, 8), np.tile([1.0, -0.9], 4)
     rows = dict(nlm=x, single=x, srds=x + 2, single25=x, srds25=x + mixed)
     runs = [
@@ -130,10 +132,15 @@ def test_claims():
     for column in (cols := reproduce_report.columns(runs, 5)):
         assert len(column.runs) == 2
     lines = "\n".join(reproduce_report.claims({5: cols}))
-    assert "| SRDS gains over one sample | +2.39, +1.85, +3.45 | +2.00, +2.00 | confirmed |" in lines
+    assert "| SRDS gains over one sample | +2.39, +1.85, +3.45 | +2.00, +2.00 | seen |" in lines
     assert "| the same with 25 steps |  | +0.05, +0.05 | 0 for, 0 against, of 2 |" in lines
-    assert "| distillation gains over SRDS | +0.15, +0.26, +0.36 | -0.50, -0.50 | refuted |" in lines
+    against = "| distillation gains over SRDS | +0.15, +0.26, +0.36 | -0.50, -0.50 | "
+    assert f"{against}not seen at this budget |" in lines and "refuted" not in lines
     assert "| without SRDS distillation loses | -0.33, -0.98, -0.89 | -1.00, +1.00 | 1 for, 1 against, of 2 |" in lines
+    for cell in runs:
+        cell["scale"] = "paper"
+    lines = "\n".join(reproduce_report.claims({5: cols}))
+    assert f"{against}refuted |" in lines and "not seen" not in lines
 
 
 def test_partial_cells_claim_nothing():
@@ -147,6 +154,22 @@ def test_partial_cells_claim_nothing():
     assert reproduce_report.columns([run], 4) == []
 
 
+def test_the_paper_s_tables_are_read():
+    """Five tables, every row as long as its head."""
+    assert list(reproduce_report.PAPER) == [1, 2, 3, 4, 5]
+    for _, heads, rows in reproduce_report.PAPER.values():
+        assert len(rows) >= 4 and all(len(numbers) == heads.count("|") + 1 for numbers in rows.values())
+
+
+def test_committed_cells_make_the_committed_tables(tmp_path):
+    """The cells of results/reproduce are readable, and the tables are what they say."""
+    for path in (ROOT / "results/reproduce").glob("*.json"):
+        shutil.copy(path, tmp_path)
+    said = ok("experiments.reproduce", "--table", "none", "--out", ".", "--work", "work", cwd=tmp_path).stdout
+    assert "14 cells -> tables.md" in said
+    assert (tmp_path / "tables.md").read_text() == (ROOT / "results/reproduce/tables.md").read_text()
+
+
 def test_of_several_processes_one_has_the_cell(tmp_path):
     with reproduce.alone(tmp_path / "lock", wait=False) as mine:
         with reproduce.alone(tmp_path / "lock", wait=False) as also:
@@ -156,9 +179,9 @@ def test_of_several_processes_one_has_the_cell(tmp_path):
 
 
 def test_wrong_use_is_refused(tmp_path):
-    done = run("reproduce", "--table", "none", cwd=tmp_path)
+    done = run("experiments.reproduce", "--table", "none", cwd=tmp_path)
     assert done.returncode == 2 and "reproduced holds no cell" in done.stderr
-    done = run("reproduce", "--budget", "0", cwd=tmp_path)
+    done = run("experiments.reproduce", "--budget", "0", cwd=tmp_path)
     assert done.returncode == 2 and "--budget 0 is not positive" in done.stderr
-    done = run("reproduce", "--scale", "paper", "--data", "nowhere", cwd=tmp_path)
+    done = run("experiments.reproduce", "--scale", "paper", "--data", "nowhere", cwd=tmp_path)
     assert done.returncode == 2 and "--data nowhere: no image set of scale paper" in done.stderr
