@@ -15,9 +15,12 @@ dilated NAF blocks, patch-unshuffle U shape.
     python bsn.py --data other.h5 --predict --model bsn.pt --out other_bsn.h5
 
 Symbols: y is the noisy image (the paper's x'), x_c the prediction. Two things differ from the published PUCA, and keep
-the blind spot exact. A convolution dilated by d is written as an ordinary one on the d*d subsampled images: the same
-arithmetic, and faster. Channel attention pools each of those images by itself: pooling over the whole image, as
-published, lets a pixel see itself. `--preset paper` has the published widths and depths.
+the blind spot exact: a convolution dilated by d is an ordinary one on the d*d subsampled images (the same arithmetic,
+and faster), and channel attention pools each of those by itself, since pooling over all lets a pixel see itself.
+`--preset paper` has the published widths and depths.
+
+With --context K the network also sees K slices on each side, at the same place too, as long as the noise is independent
+from slice to slice; where it is not, --hole all makes the same hole in all of them.
 
 `--arch lgbpn` takes the network of LG-BPN (Wang et al. 2023): a branch of dilated convolutions for detail and one of
 channel attention for what lies farther away, made exactly blind in the same way.
@@ -42,13 +45,13 @@ def from_subimages(x, stride):
     return rearrange(x, "(p q b) c h w -> b c (h p) (w q)", p=stride, q=stride)
 
 
-def conv1x1(c_in, c_out):
-    return nn.Conv2d(c_in, c_out, 1)
-
-
 def stack(block, width, count):
     """`count` blocks of that width, one after the other."""
     return nn.Sequential(*(block(width) for _ in range(count)))
+
+
+def conv1x1(c_in, c_out):
+    return nn.Conv2d(c_in, c_out, 1)
 
 
 class BlindSpotConv(nn.Conv2d):
@@ -84,8 +87,7 @@ class DABlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.expand = nn.Conv2d(width, 2 * width, 1)
         self.spatial = nn.Conv2d(2 * width, 2 * width, 3, padding=1, groups=2 * width)
-        self.attention = nn.Conv2d(width, width, 1)
-        self.project = nn.Conv2d(width, width, 1)
+        self.attention, self.project = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
         self.ffn_in, self.ffn_out = nn.Conv2d(width, 2 * width, 1), nn.Conv2d(width, width, 1)
         self.beta, self.gamma = (nn.Parameter(torch.ones(width, 1, 1)) for _ in range(2))  # ones, as in PUCA
 
@@ -113,6 +115,30 @@ class DenseBlock(nn.Module):
         return x + self.second(F.relu(self.first(x)))
 
 
+def hole_radius(blind_spot, width):
+    """The radius of a hole of that diameter in pixels. Raises ValueError for an odd width or another blind spot."""
+    if width % 2:
+        raise ValueError(f"width {width} is odd: the networks take half of it")
+    if blind_spot not in (1, 5, 9):
+        raise ValueError(f"blind_spot is 1, 5 or 9, not {blind_spot}")
+    return (blind_spot - 1) // 2
+
+
+def neighbours(channels, width, context, hole):
+    """(channels of the masked convolution, the convolution of the neighbouring slices that are seen whole, or None)."""
+    if hole == "all" or not context:
+        return channels * (2 * context + 1), None
+    return channels, nn.Conv2d(2 * context * channels, width, 3, padding=1)
+
+
+def see(y, blind, beside, reach):
+    """What a network sees at first of y (B,2k+1,H,W): the middle slice or all by `blind`, the others by `beside`."""
+    if beside is None:
+        return blind(F.pad(y, 4 * (reach,)))
+    k = y.shape[1] // 2
+    return blind(F.pad(y[:, k, None], 4 * (reach,))) + beside(torch.cat([y[:, :k], y[:, k + 1 :]], 1))
+
+
 class PUCA(nn.Module):
     """Blind-spot U-Net: the output at a pixel does not depend on any input pixel of the blind spot around it.
 
@@ -126,22 +152,20 @@ class PUCA(nn.Module):
         enc_blocks, middle_blocks, dec_blocks: blocks per level; each level halves the resolution.
         dense: DenseBlocks instead of PUCA's DABlocks, and a tail that also sees the masked convolution's features.
         deviation: predict the logarithm of the deviation of y, in tenths of the range, as C more channels.
-    Maps (B,C,H,W) to (B,C,H,W) or (B,2C,H,W), any H and W >= 16. Raises ValueError for an odd width or another blind
-    spot. Source: Jang et al. 2023; the paper's Sec. 3.4.
+        context: neighbouring slices on each side, as further channels, the slice itself in the middle.
+        hole: "own": in the slice itself alone; "all": the same hole in its neighbours.
+    Maps (B,C*(2*context+1),H,W) to (B,C,H,W) or (B,2C,H,W), any H and W >= 16. Raises ValueError as `hole_radius`.
+    Source: Jang et al. 2023; the paper's Sec. 3.4.
     """
 
     def __init__(self, channels=1, width=128, blind_spot=1, enc_blocks=(3, 4), middle_blocks=4, dec_blocks=(4, 3),
-                 dense=False, deviation=False):  # fmt: skip
+                 dense=False, deviation=False, context=0, hole="own"):  # fmt: skip
         super().__init__()
-        if width % 2:
-            raise ValueError(f"width {width} is odd: every level takes half of it")
-        if blind_spot not in (1, 5, 9):
-            raise ValueError(f"blind_spot is 1, 5 or 9, not {blind_spot}")
-        outputs = channels * (1 + deviation)
-        radius = (blind_spot - 1) // 2
+        radius, outputs = hole_radius(blind_spot, width), channels * (1 + deviation)
         self.reach, self.stride = max(1, radius), 2 * max(1, radius)
         block = DenseBlock if dense else DABlock
         widths = [width * 2**level for level in range(len(enc_blocks) + 1)]
+        channels, self.beside = neighbours(channels, width, context, hole)
         if dense:
             self.blind = BlindSpotConv(channels, width, radius)
             self.tail = nn.Sequential(conv1x1(2 * width, width), nn.ReLU(), conv1x1(width, outputs))
@@ -163,8 +187,7 @@ class PUCA(nn.Module):
         pad = (before, unit - (w + before) % unit, before, unit - (h + before) % unit)
         # Reflection keeps a pixel's position modulo 2 (the mirror image of -k is k), not modulo 4 or 8.
         x = F.pad(y, pad, mode="reflect") if self.stride == 2 else F.pad(y, pad)
-        x = self.blind(F.pad(x, 4 * (self.reach,)))
-        x = seen = to_subimages(x, self.stride)
+        x = seen = to_subimages(see(x, self.blind, self.beside, self.reach), self.stride)
         skips = []
         for encoder, down in zip(self.encoders, self.downs):
             skips.append(encoder(x))
@@ -220,49 +243,38 @@ class LGBPN(nn.Module):
 
     Local: a masked convolution of 9x9 pixels, then dilated blocks. Global: one of 21x21 pixels, each second one, then
     channel attention. As in PUCA, each branch works on subsampled images whose pixels lie too far apart to see into
-    each other's hole: 8 and 15 pixels, as published. The attention looks at one subsampled image at a time, because
-    over the whole image, as published, it leaks a little. What the published code does at test time alone is left
-    out, since it gives up the blind spot (taps moved closer; averaged outputs with noisy pixels put back).
+    each other's hole (8 and 15 pixels, as published), and attention looks at one of them at a time: over all, as
+    published, it leaks. Left out is what the published code does at test time alone, which gives up the blind spot.
 
-    Args: channels, blind_spot, deviation: as in PUCA. width: features. blocks: of the local and the global branch.
-    Maps (B,C,H,W) to (B,C,H,W) or (B,2C,H,W), any H and W >= 16.
+    Args: channels, blind_spot, deviation, context, hole: as in PUCA. width: features. blocks: of the local and the
+    global branch. Maps (B,C*(2*context+1),H,W) to (B,C,H,W) or (B,2C,H,W), any H and W >= 16.
     """
 
     BRANCHES = ((4, 1, 8), (10, 2, 15))  # local, global: reach of the kernel, every how many pixels, stride
 
-    def __init__(self, channels=1, width=128, blind_spot=9, blocks=(9, 6), deviation=False):
+    def __init__(self, channels=1, width=128, blind_spot=9, blocks=(9, 6), deviation=False, context=0, hole="own"):
         super().__init__()
-        if blind_spot not in (1, 5, 9):
-            raise ValueError(f"blind_spot is 1, 5 or 9, not {blind_spot}")
-        if width % 2:
-            raise ValueError(f"width {width} is odd: attention has two heads")
+        radius, outputs = hole_radius(blind_spot, width), channels * (1 + deviation)
+        channels, self.beside = neighbours(channels, width, context, hole)
         if len(blocks) != 2:
             raise ValueError(f"blocks {blocks}: give two numbers, of the local and of the global branch")
-        radius = (blind_spot - 1) // 2
-        self.stride = self.BRANCHES[0][2]
+        (local, wide), half, self.stride = blocks, width // 2, self.BRANCHES[0][2]
         self.head = nn.Sequential(conv1x1(channels, 24), nn.ReLU())
         self.blind = nn.ModuleList(BlindSpotConv(24, width, radius, reach, every) for reach, every, _ in self.BRANCHES)
-        self.near = nn.Sequential(
-            *(nn.ReLU(), conv1x1(width, width), nn.ReLU(), conv1x1(width, width), nn.ReLU()),
-            *(DilatedBlock(width) for _ in range(blocks[0])),
-            *(conv1x1(width, width), nn.ReLU()),
-        )
-        self.wide = nn.Sequential(
-            *(nn.ReLU(), conv1x1(width, width)),
-            *(ChannelAttentionBlock(width) for _ in range(blocks[1])),
-            nn.Conv2d(width, width, 3, padding=1),
-        )
-        self.tail = nn.Sequential(
-            *(conv1x1(2 * width, width), nn.ReLU(), conv1x1(width, width // 2), nn.ReLU()),
-            *(conv1x1(width // 2, width // 2), nn.ReLU(), conv1x1(width // 2, channels * (1 + deviation))),
-        )
+        mixed = nn.ReLU(), conv1x1(width, width), nn.ReLU(), conv1x1(width, width), nn.ReLU()
+        dilated = [DilatedBlock(width) for _ in range(local)]
+        self.near = nn.Sequential(*mixed, *dilated, conv1x1(width, width), nn.ReLU())
+        mixed, attention = conv1x1(width, width), [ChannelAttentionBlock(width) for _ in range(wide)]
+        self.wide = nn.Sequential(nn.ReLU(), mixed, *attention, nn.Conv2d(width, width, 3, padding=1))
+        narrower = conv1x1(2 * width, width), nn.ReLU(), conv1x1(width, half), nn.ReLU()
+        self.tail = nn.Sequential(*narrower, conv1x1(half, half), nn.ReLU(), conv1x1(half, outputs))
 
     def forward(self, y):
         h, w = y.shape[-2:]
         branches = []
         for blind, body, (reach, _, stride) in zip(self.blind, (self.near, self.wide), self.BRANCHES):
             x = F.pad(y, (0, -w % stride, 0, -h % stride))  # zeros: a mirror image could show a pixel to itself
-            x = blind(self.head(F.pad(x, 4 * (reach,))))
+            x = see(x, lambda own, blind=blind: blind(self.head(own)), self.beside, reach)
             branches.append(from_subimages(body(to_subimages(x, stride)), stride)[..., :h, :w])
         return self.tail(torch.cat(branches, 1))
 
@@ -271,8 +283,8 @@ def blind_spot_loss(prediction, y, kind="l2"):
     """Distance of a blind-spot prediction from the noisy image y (B,C,H,W) itself; a scalar.
 
     kind: "l1" is PUCA's; "l2" has the conditional mean as its minimum; "nll", for predictions (B,2C,H,W) with a
-    deviation, is the Gaussian negative log-likelihood (Laine et al. 2019). Errors are in tenths of the range: with
-    errors near 0.02 of it, gradients of squares would be as small as Adam's epsilon.
+    deviation, is the Gaussian negative log-likelihood (Laine et al. 2019). Errors count in tenths of the range, as
+    squares of errors near 0.02 would have gradients as small as Adam's epsilon.
     """
     if kind == "nll":
         mean, log_deviation = prediction.chunk(2, dim=1)
@@ -285,8 +297,7 @@ def blind_spot_loss(prediction, y, kind="l2"):
 def hide(y, stride, row, column):
     """y (B,C,H,W) with the pixels of one subsampled image, (row, column) modulo stride, replaced by their surroundings.
 
-    A replaced pixel becomes the mean of four others in its row and column, stride / 2 + 1 pixels away (1 for stride 2);
-    beyond a border, the image is mirrored.
+    A replaced pixel becomes the mean of four in its row and column, stride / 2 + 1 pixels away (1 for stride 2).
     """
     h, w = y.shape[-2:]
     away = max(1, stride // 2 + (stride > 2))
@@ -308,17 +319,17 @@ import data
 from lib import runtime, training
 
 NETWORKS = {"puca": PUCA, "lgbpn": LGBPN}
-LOSSES, BLIND_SPOTS = ("l1", "l2", "nll"), (1, 5, 9)
 PRESET_NAMES = ("fast", "paper")
 SETTINGS = {  # what it sets, its value in fast, in paper: as published for PUCA where nothing else is said
     "arch": ("network", "puca", "puca"),
     "blind_spot": ("diameter of the hole, pixels: 5 or 9 for noise blurred by 0.5 or 1.2 pixels", 1, 1),
+    "hole": ("in which slices the hole is: all, if the noise is correlated through them", "own", "own"),
     "width": ("features at the first level", 32, 128),
     "enc_blocks": ("blocks at each level on the way down, and in reverse on the way up", [2], [3, 4]),
     "middle_blocks": ("blocks at the lowest level", 2, 4),
     "dense": ("dense blocks, not PUCA's: better after equal seconds on a CPU", True, False),
     "loss": ("distance from prediction to noisy pixel; nll also learns std", "l2", "l1"),
-    "steps": ("optimizer steps", 1500, 200_000),  # paper: about PUCA's number of images seen
+    "steps": ("optimizer steps", 1500, 200_000),  # paper: about as many images as PUCA saw
     "batch": ("crops per step, over all processes together", 2, 2),
     "crop": ("side of the square training crops, pixels", 96, 256),
     "lr": ("peak learning rate", 2e-3, 1e-4),  # paper: Sec. 4.2
@@ -326,7 +337,7 @@ SETTINGS = {  # what it sets, its value in fast, in paper: as published for PUCA
     "ema": ("decay per step of the averaged weights", 0.995, 0.999),
 }
 LGBPN_SETTINGS = {  # the same for --arch lgbpn
-    **{k: v for k, v in SETTINGS.items() if k not in ("enc_blocks", "middle_blocks", "dense")},
+    **{k: v for k, v in SETTINGS.items() if k not in ("arch", "enc_blocks", "middle_blocks", "dense")},
     "arch": ("network", "lgbpn", "lgbpn"),
     "blind_spot": (SETTINGS["blind_spot"][0], 1, 9),
     "blocks": ("lgbpn: blocks of the local and the global branch", [3, 2], [9, 6]),
@@ -334,17 +345,20 @@ LGBPN_SETTINGS = {  # the same for --arch lgbpn
     "batch": ("crops per step", 2, 8),
     "crop": ("side of the crops", 90, 120),  # multiples of both strides lose no pixels to padding
 }
-PRESETS = training.presets(PRESET_NAMES, SETTINGS)
-LGBPN_PRESETS = training.presets(PRESET_NAMES, LGBPN_SETTINGS)
-SHAPE = {
-    "puca": ("width", "blind_spot", "enc_blocks", "middle_blocks", "dense"),
-    "lgbpn": ("width", "blind_spot", "blocks"),
-}
+PRESETS, LGBPN_PRESETS = (training.presets(PRESET_NAMES, table) for table in (SETTINGS, LGBPN_SETTINGS))
+SHAPE = {"puca": ("enc_blocks", "middle_blocks", "dense"), "lgbpn": ("blocks",)}  # beside width and blind_spot
 
 
 def build_network(arch="puca", **arguments):
     """The network that the `model_args` of a checkpoint describe."""
     return NETWORKS[arch](**arguments)
+
+
+def new_model_args(args, noisy):
+    """The `model_args` of a new network for the noisy images {name: (S,H,W)}."""
+    shape = {k: getattr(args, k) for k in ("arch", "width", "blind_spot", "hole", *SHAPE[args.arch])}
+    shape |= dict(dec_blocks=args.enc_blocks[::-1]) if args.arch == "puca" else {}
+    return shape | dict(deviation=args.loss == "nll", context=data.choose_context(args.context, noisy, "bsn"))
 
 
 def train(args, checkpoint=None):
@@ -356,20 +370,16 @@ def train(args, checkpoint=None):
     data.check_crop(noisy, args.crop)
     if checkpoint and (args.loss == "nll") != checkpoint["model_args"].get("deviation", False):
         raise ValueError(f"{args.model} was trained with another --loss than {args.loss}: it cannot resume")
-    if checkpoint:
-        model_args = checkpoint["model_args"]
-    else:
-        model_args = {k: getattr(args, k) for k in ("arch", *SHAPE[args.arch])} | dict(deviation=args.loss == "nll")
-        if args.arch == "puca":
-            model_args["dec_blocks"] = args.enc_blocks[::-1]
+    model_args = checkpoint["model_args"] if checkpoint else new_model_args(args, noisy)
     torch.manual_seed(args.seed)
     network, inputs = build_network(**model_args), dict(data=data.fingerprints(args.data))
     run = training.Training("bsn", args, checkpoint, network, model_args=model_args, inputs=inputs)
+    context = model_args.get("context", 0)
     for step in run.steps():
-        crops = data.random_crops([noisy], args.batch, args.crop, run.rng(step), run.rank, run.world)
+        crops = data.random_crops([noisy], args.batch, args.crop, run.rng(step), run.rank, run.world, [context])
         (y,) = run.to_device(*crops)
         with run.autocast():
-            loss = blind_spot_loss(run.net(y).float(), y, args.loss)
+            loss = blind_spot_loss(run.net(y).float(), y[:, context, None], args.loss)
         run.update(loss)
 
 
@@ -386,8 +396,9 @@ def hidden_offsets(rows, stride):
 def predict(args):
     """Writes the prediction for every volume of args.data, with the EMA weights of args.model, to args.out."""
     device = runtime.pick_device(args.device)
-    network, _ = training.load_network(build_network, args.model, "bsn", device)
-    deviation, stride = network.tail[-1].out_channels == 2, network.stride
+    network, checkpoint = training.load_network(build_network, args.model, "bsn", device)
+    context = checkpoint["model_args"].get("context", 0)
+    stride = network.stride
 
     def forward(y):
         with runtime.autocast(device, args.precision):
@@ -400,29 +411,31 @@ def predict(args):
     def with_hidden(y, name, rows):
         outputs = [denoise(y)]
         for offsets in hidden_offsets(rows, stride):
-            seen = torch.cat([hide(image[None], stride, *offset) for image, offset in zip(y, offsets)])
+            seen = y.clone()  # hidden in the slice itself: the noise of its neighbours is their own
+            for image, offset in zip(seen, offsets):
+                image[context] = hide(image[None, context, None], stride, *offset)
             outputs.append(denoise(seen)[:, :1])
         return torch.cat(outputs, 1)
 
-    keys, attrs = ["pred", "std"] if deviation else ["pred"], {}
     noisy = data.read_volumes(args.data, "noisy", args.split, data.TO_PREDICT)
+    data.choose_context(context, noisy)
+    keys, attrs = ["pred", "std"][: network.tail[-1].out_channels], {}
     if args.hidden:
         keys.append(("hidden", HIDDEN))
         period = hidden_offsets(slice(0, stride**2 // HIDDEN), stride).transpose(1, 0, 2)  # then they repeat
         attrs = dict(hidden_stride=stride, hidden_offsets=period)
-        if stride > 2:
-            runtime.print_once("bsn: note: only the pixel is hidden, not the neighbours that share its noise")
-    data.write_predictions(args, "bsn", args.data, noisy, with_hidden if args.hidden else denoise, keys, attrs)
+    work = with_hidden if args.hidden else denoise
+    data.write_predictions(args, "bsn", args.data, noisy, work, keys, attrs, context=context)
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # command
 # ---------------------------------------------------------------------------------------------------------------
 def main(argv=None):
-    choices = dict(arch=NETWORKS, blind_spot=BLIND_SPOTS, loss=LOSSES)
-    flags = {**LGBPN_SETTINGS, **SETTINGS}
-    p = training.training_parser(__doc__, PRESET_NAMES, flags, choices, "bsn.pt")
+    choices = dict(arch=NETWORKS, blind_spot=(1, 5, 9), hole=("own", "all"), loss=("l1", "l2", "nll"))
+    p = training.training_parser(__doc__, PRESET_NAMES, {**LGBPN_SETTINGS, **SETTINGS}, choices, "bsn.pt")
     p.add_argument("--data", required=True, help="dataset (.h5)")
+    training.context_flag(p)
     p.add_argument("--hidden", action="store_true", help="also predict with pixels hidden in turn")
     training.prediction_flags(p, "bsn_out.h5")
     args = p.parse_args(argv)

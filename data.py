@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from lib import files, runtime
+from lib.crops import around, check_crop, choose_context, random_crops, read_around, rms_difference, tiled  # noqa: F401
 
 FORMAT, VERSION = "diffdenoise", 1
 SPLITS = ("train", "val", "test")
@@ -212,99 +213,20 @@ def write_volumes(path, kind, stage, args=None, like=None, noise=None):
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# crops
+# predictions
 # ---------------------------------------------------------------------------------------------------------------
-def check_crop(volumes, size):
-    """Raises ValueError if a volume is smaller than the crop."""
-    for name, array in volumes.items():
-        if min(array.shape[1:]) < size:
-            h, w = array.shape[1:]
-            small = f"volume {name!r} has slices of {h}x{w} pixels, smaller than --crop {size}"
-            raise ValueError(f"{small}; use --crop {min(h, w)} or less")
-
-
-def random_crops(stacks, batch, size, rng, rank=0, world=1):
-    """The same random crops, with the same one of the eight flips and rotations each, from several sets of volumes.
-
-    Args:
-        stacks: list of {name: (S,H,W)} with equal shapes; the names of the first count. batch: crops in all.
-        size: pixels. rng: numpy Generator. rank, world: take only every world-th crop of the batch.
-    Returns a list of float32 tensors (batch / world, 1, size, size). Every slice is equally likely.
-
-    All indices are drawn at once; the pixels are copied once, from views, which serves arrays on disk as well.
-    """
-    names = list(stacks[0])
-    ends = np.cumsum([stacks[0][name].shape[0] for name in names])
-    which = rng.integers(ends[-1], size=batch)
-    corner, turn = rng.random((batch, 2)), rng.integers(8, size=batch)
-    mine = range(rank, batch, world)
-    out = np.empty((len(stacks), len(mine), size, size), np.float32)
-    for row, j in enumerate(mine):
-        v = int(np.searchsorted(ends, which[j], side="right"))
-        name, s = names[v], int(which[j] - (ends[v - 1] if v else 0))
-        h, w = stacks[0][name].shape[1:]
-        y, x = int(corner[j, 0] * (h - size + 1)), int(corner[j, 1] * (w - size + 1))
-        for k, stack in enumerate(stacks):
-            crop = stack[name][s, y : y + size, x : x + size]
-            crop = crop.T if turn[j] & 1 else crop
-            out[k, row] = crop[:: -1 if turn[j] & 2 else 1, :: -1 if turn[j] & 4 else 1]
-    return [torch.from_numpy(a[:, None]) for a in out]
-
-
-def rms_difference(a, b):
-    """Root mean square of a - b over all slices of two sets of volumes of equal shapes."""
-    squares = count = 0.0
-    for name, volume in a.items():
-        for s in range(volume.shape[0]):
-            squares += float(np.square(volume[s] - b[name][s], dtype=np.float64).sum())
-            count += volume[s].size
-    return (squares / count) ** 0.5
-
-
-def tiled(function, y, side, overlap=160):
-    """function(y) of y (B,C,H,W), in overlapping tiles of at most side x side pixels, for images too large for one.
-
-    function: (B,C,h,w) to (B,n,h,w). At each edge of a tile, which misses its surroundings, a quarter of the overlap is
-    dropped; across the middle half one tile fades into the next. Tiles begin at multiples of side - overlap: choose
-    them so that the network's lowest resolution divides these.
-    """
-    h, w = y.shape[-2:]
-    if max(h, w) <= side:
-        return function(y)
-    out = None
-    for (top, rows), (left, columns) in itertools.product(fades(h, side, overlap), fades(w, side, overlap)):
-        area = np.s_[..., top : top + len(rows), left : left + len(columns)]
-        piece = function(y[area])
-        out = y.new_zeros(*piece.shape[:2], h, w) if out is None else out
-        out[area] += piece * (rows[:, None] * columns)
-    return out
-
-
-def fades(n, side, overlap):
-    """The tiles along an axis of n pixels: [(start, weights (up to side,))]; the weights of each pixel sum to 1."""
-    out = []
-    for start in range(0, max(n - overlap, 1), side - overlap):
-        size = min(side, n - start)
-        rise = ((torch.arange(size) + 0.5 - overlap / 4) / (overlap / 2)).clamp(0, 1)
-        first, last = start == 0, start + size == n  # the edge of the image is no edge of a tile
-        out.append((start, torch.ones(size) if first and last else rise.flip(0) if first else rise))
-        if not first and not last:
-            out[-1] = (start, torch.minimum(rise, rise.flip(0)))
-    return out
-
-
-def write_predictions(args, stage, like, volumes, predict, keys=("pred",), attrs=None, batch=4):
+def write_predictions(args, stage, like, volumes, predict, keys=("pred",), attrs=None, batch=4, context=0):
     """Writes to args.out what `predict` makes of every slice of `volumes` {name: (S,H,W)}, read from the file `like`.
 
-    predict: callable (x (b,1,H,W) float32 on the CPU, volume name, rows: slice of slice numbers) to (b,n,H,W): one
-    image for each of `keys`; a last key (name, n) takes n images. attrs: attributes for each volume. Several processes
-    share the batches; rank 0 writes.
+    predict: callable (x (b,2 context + 1,H,W) float32 on the CPU, the slices with their neighbours; volume name; rows:
+    slice of slice numbers) to (b,n,H,W): one image for each of `keys`; a last key (name, n) takes n images. attrs:
+    attributes for each volume. Several processes share the batches; rank 0 writes.
     """
 
     def work(item):
         name, rows = item
-        x = torch.from_numpy(np.asarray(volumes[name][rows], np.float32)[:, None])
-        return predict(x, name, rows).cpu().numpy()
+        x = np.stack([read_around(volumes[name], s, context) for s in range(rows.start, rows.stop)])
+        return predict(torch.from_numpy(np.asarray(x, np.float32)), name, rows).cpu().numpy()
 
     items = [
         (name, slice(s, min(s + batch, volume.shape[0])))

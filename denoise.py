@@ -112,7 +112,9 @@ class Stages:
     def training_flags(self, module):
         preset = module.PRESETS["fast"]
         steps = max(1, round(self.args.effort * preset["steps"]))
-        return ["--steps", steps, "--crop", min(preset["crop"], self.smallest_side()), *self.common]
+        flags = ["--steps", steps, "--crop", min(preset["crop"], self.smallest_side()), *self.common]
+        context = getattr(self.args, "context", "auto")
+        return flags if context == "auto" else [*flags, "--context", context]
 
     def smallest_side(self):
         """The shortest side of an image, pixels: no crop can be larger."""
@@ -130,8 +132,10 @@ class Stages:
 # ---------------------------------------------------------------------------------------------------------------
 def blind_spot_estimate(stages):
     """A first estimate of the images, by a network with the blind spot that their noise asks for. Returns its file."""
-    spot = stages.measure_noise("noise_first.json")["blind_spot"]
-    return stages.train(bsn, "--blind-spot", spot, out="bsn_out.h5", model="bsn.pt")
+    noise_model = stages.measure_noise("noise_first.json")
+    flags = ["--blind-spot", noise_model["blind_spot"]]
+    flags += ["--hole", "all"] if any(noise_model["through"]) else []
+    return stages.train(bsn, *flags, out="bsn_out.h5", model="bsn.pt")
 
 
 def recorrupted_recipe(stages, estimate, rounds=1):
@@ -220,7 +224,8 @@ def denoise_files(args):
     if args.model and args.std:
         raise ValueError("--std comes from the posterior update of a training run: a student alone does not know it")
     model_path = Path(args.model) if args.model else out / "diffdenoise" / "student.pt"
-    student = distill.student(model_path, args.device, args.precision, args.memory) if args.model else None
+    options = args.device, args.precision, args.memory, args.ensemble or (1 if args.model else 8)
+    student = distill.student(model_path, *options) if args.model else None
     jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, args.std)
     work = out / "diffdenoise"
     work.mkdir(parents=True, exist_ok=True)
@@ -230,7 +235,7 @@ def denoise_files(args):
             std = deviations(work)
         elif args.std:
             problems.append("--std: only the recipe recorrupted knows the uncertainty, by its posterior update")
-        student = distill.student(model_path, args.device, args.precision, args.memory)
+        student = distill.student(model_path, *options)
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}"
     written, kept = files.denoise_files(jobs, student, method, work, problems, args.force, std)
     if stages:
@@ -272,6 +277,8 @@ def main(argv=None):
     p.add_argument("--recipe", choices=("auto", *RECIPES), default="auto", help="default auto")
     p.add_argument("--rounds", type=runtime.positive, default=1, help="repeat from the last result (default 1)")
     p.add_argument("--effort", type=float, default=1.0, help="multiplies the training steps of each stage (default 1)")
+    training.context_flag(p)
+    p.add_argument("--ensemble", type=int, choices=(1, 8), help="mean over 8 symmetries (default 8; 1 with --model)")
     p.add_argument("--std", action="store_true", help="write the uncertainty beside each file, as <name>_std")
     p.add_argument("--force", action="store_true", help="replace files that are there already")
     p.add_argument("--memory", type=runtime.size, default="2G", help="for large images, in bytes (default 2G)")

@@ -24,6 +24,8 @@ x_t itself, and X = (x_t - sqrt(1-abar) eps) / sqrt(abar) magnifies every error 
 directly: after minutes of training the SRDS pair was then 10 dB worse (results/forms.md; `eps-direct`, last in commit
 4aced76). For the same reason timesteps with sqrt(abar) below 0.02 are neither trained nor sampled.
 
+With --context K the network sees the conditions of K slices on each side too, as further channels.
+
 The condition at the neighbours of a pixel has seen the noise of that pixel, so that a network that looks at all of it
 can learn to find the noise there (leak):
 
@@ -131,19 +133,20 @@ class UNet(nn.Module):
         mult: features at each level, in widths; every level after the first halves the resolution.
         blocks: ResBlocks per level. attention: the levels (0-based) that have self-attention.
         patch: 2 works on 2x2 pixels as channels (half resolution): on a CPU, more quality per second.
-        groups: of GroupNorm; 0 for none.
-    Maps x_t, c (B,C,H,W) and t (B,) to (B,C,H,W), any H and W >= 16. Raises ValueError for an odd width. Source:
-    Nichol & Dhariwal 2021.
+        groups: of GroupNorm; 0 for none. context: slices on each side of which the condition is seen too.
+    Maps x_t (B,C,H,W), c (B,C*(2*context+1),H,W) and t (B,) to (B,C,H,W), any H and W >= 16. Raises ValueError for an
+    odd width. Source: Nichol & Dhariwal 2021.
     """
 
-    def __init__(self, channels=1, width=128, mult=(1, 1, 2, 2, 4, 4), blocks=2, attention=(4, 5), patch=1, groups=32):
+    def __init__(self, channels=1, width=128, mult=(1, 1, 2, 2, 4, 4), blocks=2, attention=(4, 5), patch=1, groups=32,
+                 context=0):  # fmt: skip
         super().__init__()
         if width % 2:
             raise ValueError(f"width {width} is odd: half of it are sines of the time, half cosines")
         time = 4 * width
         self.width, self.patch, self.levels = width, patch, len(mult)
         self.time = nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time), nn.SiLU())
-        self.intro = nn.Conv2d(2 * channels * patch**2, width, 3, padding=1)
+        self.intro = nn.Conv2d((2 * context + 2) * channels * patch**2, width, 3, padding=1)
         self.encoder, self.decoder, skips, w = nn.ModuleList(), nn.ModuleList(), [width], width
 
         def step(c_in, c_out, level):  # a ResBlock, and attention where the level has it
@@ -262,6 +265,7 @@ SETTINGS = {  # what it sets, its value in fast, in paper: improved DDPM's at 25
     "sampling_steps": ("DDIM steps that srds.py takes unless told otherwise", 2, 50),
 }
 PRESETS = training.presets(PRESET_NAMES, SETTINGS)
+SHAPE = ("width", "mult", "blocks", "attention", "patch", "groups")  # with `context`, the `model_args`
 
 
 def read_hidden(path, names):
@@ -298,7 +302,8 @@ def train(args, checkpoint=None):
     if checkpoint:
         model_args, extra = checkpoint["model_args"], checkpoint["extra"]
     else:
-        model_args = {k: getattr(args, k) for k in ("width", "mult", "blocks", "attention", "patch", "groups")}
+        context = data.choose_context(args.context, noisy, "diffusion")
+        model_args = {k: getattr(args, k) for k in SHAPE} | dict(context=context)
         extra = {k: getattr(args, k) for k in ("target", "predict", "T", "sampling_steps")}
         extra["std"] = data.rms_difference(noisy, conditions)
         if extra["std"] == 0:
@@ -307,14 +312,16 @@ def train(args, checkpoint=None):
     torch.manual_seed(args.seed)
     network, abar = UNet(**model_args), alpha_bar(extra["T"])
     run = training.Training("diffusion", args, checkpoint, network, model_args=model_args, extra=extra, inputs=inputs)
+    context = model_args.get("context", 0)
+    contexts = [0, context, *([context, 0] if hidden else [])]
     for step in run.steps():
         rng = run.rng(step)
         stacks = [noisy, conditions, *(hidden[rng.integers(len(hidden))] if hidden else [])]
-        y, c, *more = data.random_crops(stacks, args.batch, args.crop, rng, run.rank, run.world)
+        y, c, *more = data.random_crops(stacks, args.batch, args.crop, rng, run.rank, run.world, contexts)
         t = torch.from_numpy(rng.integers(len(abar), size=args.batch)[run.rank :: run.world]).to(run.device)
         eps = runtime.gaussian(rng, args.batch, *y.shape[1:])[run.rank :: run.world]
         c, mask = more if hidden else (c, torch.ones_like(y))
-        x0 = to_x(y, c, extra["target"], extra["std"])
+        x0 = to_x(y, c[:, context, None], extra["target"], extra["std"])
         x0, c, eps, mask = run.to_device(x0, c, eps, mask)
         with run.autocast():
             loss = diffusion_loss(run.net, x0, scaled(c), abar, t, eps, extra["predict"], mask if hidden else None)
@@ -327,6 +334,7 @@ def train(args, checkpoint=None):
 def main(argv=None):
     p = training.training_parser(__doc__, PRESET_NAMES, SETTINGS, CHOICES, "diffusion.pt")
     p.add_argument("--data", required=True, help="dataset (.h5)")
+    training.context_flag(p)
     p.add_argument("--cond", required=True, help="prediction file (.h5) made from it: the condition x_c")
     args = p.parse_args(argv)
     runtime.check_outputs([args.data, args.cond], [args.model])

@@ -6,6 +6,10 @@ It learns from any prediction (knowledge distillation) or, beyond the paper, fro
     --target recorrupted   distance to the clean image, estimated without it by recorruption (`recorruption_loss`)
     --target clean         distance to the clean image: the supervised upper bound
 
+Medical images are volumes. With --context K the student sees K slices on each side of the one that it denoises, as
+further channels. Their noise helps as long as it is independent from slice to slice; where it is not, recorruption
+adds noise with the same correlation to all of them (`recorruption_loss`). K is remembered by the checkpoint.
+
     In    knee.h5         volumes/<name>/noisy  (S,H,W) float32, about [0,1]
           srds_out.h5     volumes/<name>/pred   (S,H,W) float32; any prediction file made from knee.h5
     Out   student.pt      checkpoint: EMA weights, model arguments, noise model
@@ -101,17 +105,22 @@ class NAFNet(nn.Module):
     Args:
         channels: of the image. width: features at the first level, doubled at each next one.
         enc_blocks, middle_blocks, dec_blocks: blocks per level; each level halves the resolution.
-    Maps (B,C,H,W) to (B,C,H,W), any H and W >= 16. Raises ValueError if the ways down and up differ in levels.
+        context: how many neighbouring slices on each side come along as channels, the slice itself in the middle.
+    Maps (B,C*(2*context+1),H,W) to (B,C,H,W), any H and W >= 16. Raises ValueError if the ways down and up differ in
+    levels.
     """
 
     block, patch = NAFBlock, 1  # patch x patch pixels become channels
 
-    def __init__(self, channels=1, width=32, enc_blocks=(2, 2, 4, 8), middle_blocks=12, dec_blocks=(2, 2, 2, 2)):
+    def __init__(
+        self, channels=1, width=32, enc_blocks=(2, 2, 4, 8), middle_blocks=12, dec_blocks=(2, 2, 2, 2), context=0
+    ):
         super().__init__()
         if len(enc_blocks) != len(dec_blocks):
             raise ValueError(f"enc_blocks {enc_blocks} and dec_blocks {dec_blocks} differ in their number of levels")
         widths = [width * 2**level for level in range(len(enc_blocks) + 1)]
-        self.intro = nn.Conv2d(channels * self.patch**2, width, 3, padding=1)
+        self.own = slice(context * channels, (context + 1) * channels)  # the channels of the slice itself
+        self.intro = nn.Conv2d((2 * context + 1) * channels * self.patch**2, width, 3, padding=1)
         self.encoders = nn.ModuleList(stack(self.block, w, n) for w, n in zip(widths, enc_blocks))
         self.downs = nn.ModuleList(nn.Conv2d(w, 2 * w, 2, stride=2) for w in widths[:-1])
         self.middle = stack(self.block, widths[-1], middle_blocks)
@@ -140,7 +149,7 @@ class NAFNet(nn.Module):
         x = self.middle(x)
         for up, decoder in zip(self.ups, self.decoders):
             x = decoder(F.pixel_shuffle(up(x), 2) + skips.pop())
-        return y + F.pixel_shuffle(self.outro(x), self.patch)[..., :h, :w]
+        return y[:, self.own] + F.pixel_shuffle(self.outro(x), self.patch)[..., :h, :w]
 
 
 class ResUNet(NAFNet):
@@ -162,7 +171,9 @@ def psnr_loss(x, target):
 def recorruption_loss(network, y, z, strength=0.3):
     """Mean square error of network(y) against the *clean* image, in tenths of the range, up to a constant.
 
-    Args: y (B,C,H,W) noisy images; z like y: fresh noise of the same distribution as theirs; strength a.
+    Args: y (B,2k+1,H,W) noisy slices with k neighbours on each side, k = 0 for the slice alone; z: fresh noise of the
+    same distribution as theirs, for the slice alone (B,1,H,W) if the noise of its neighbours is independent of its own,
+    for all of them (B,2k+1,H,W) otherwise; strength a.
 
     Recorruption (Pang et al. 2021): the noises of y + a z and y - z / a are uncorrelated, so that a network that learns
     the second from the first learns the clean image. Here each z is used with both signs, and what does not depend on
@@ -172,10 +183,26 @@ def recorruption_loss(network, y, z, strength=0.3):
 
     The large terms in 1/a cancel. So a can be small, and f sees nearly the noise that it will see in use; in the limit
     of a = 0 this is Stein's unbiased risk estimate (SURE). It takes two evaluations of the network.
+
+    The target is the middle slice. The estimate is unbiased because the noise of all that f sees is uncorrelated with
+    that of the target y - z / a: so neighbours with independent noise may stay as they are.
     """
-    plus, minus = network(torch.cat([y + strength * z, y - strength * z])).float().chunk(2)
+    beside = (y.shape[1] - z.shape[1]) // 2
+    added = F.pad(strength * z, (0, 0, 0, 0, beside, beside))
+    plus, minus = network(torch.cat([y + added, y - added])).float().chunk(2)
+    y, z = (x[:, x.shape[1] // 2, None] for x in (y, z))
     correction = (z * (plus - minus)).mean() * (100 / strength)
     return (mse_loss(plus, y) + mse_loss(minus, y)) / 2 + correction
+
+
+def mean_over_symmetries(function, y):
+    """Mean of function(y) over the eight flips and quarter turns of y (B,C,H,W), each undone; (B,n,H,W)."""
+    total = 0
+    for turned in (y, y.transpose(2, 3)):
+        for flips in ((), (2,), (3,), (2, 3)):
+            out = function(turned.flip(flips)).flip(flips)
+            total = total + (out if turned is y else out.transpose(2, 3))
+    return total / 8
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -212,7 +239,7 @@ SETTINGS = {  # what it sets, its value in fast, in nafnet (as small as fast), i
     "ema": ("decay per step of the averaged weights", 0.995, 0.995, 0.999),
 }
 PRESETS = training.presets(PRESET_NAMES, SETTINGS)
-SHAPE = ("arch", "width", "enc_blocks", "middle_blocks", "dec_blocks")
+SHAPE = ("arch", "width", "enc_blocks", "middle_blocks", "dec_blocks")  # with `context`, the `model_args`
 
 
 def build_network(arch="nafnet", **arguments):
@@ -251,13 +278,29 @@ def load_noise_model(args, checkpoint):
 
 
 def draw_noise(noise_model, y, prediction, rngs):
-    """Fresh noise (B,1,H,W) of the model for noisy crops y (B,1,H,W); rngs: a numpy Generator for each crop.
+    """Fresh noise like y of the model for noisy crops y (B,S,H,W) of S slices; rngs: a numpy Generator for each crop.
 
     The intensities that it depends on are those of the prediction, or else of the smoothed noisy image.
     """
     means = gaussian_filter(y.numpy(), (0, 0, 1.5, 1.5)) if prediction is None else prediction.numpy()
     drawn = [noise.sample(noise_model, mean, rng, crop) for mean, rng, crop in zip(means, rngs, y.numpy())]
     return torch.from_numpy(np.stack(drawn))
+
+
+def start_network(args, checkpoint, noisy):
+    """(network, model_args): of the checkpoint, of --init, or a new one with the --context that suits the images."""
+    if checkpoint:
+        return build_network(**checkpoint["model_args"]), checkpoint["model_args"]
+    if args.init:
+        network, start = training.load_network(build_network, args.init, "distill", "cpu")
+        context = start["model_args"].get("context", 0)
+        if args.context not in ("auto", context):
+            raise ValueError(f"--context {args.context}: {args.init} was trained with {context}")
+        data.choose_context(context, noisy)
+        return network.train(), start["model_args"]
+    model_args = {k: getattr(args, k) for k in SHAPE}
+    model_args["context"] = data.choose_context(args.context, noisy, "distill")
+    return build_network(**model_args), model_args
 
 
 def train(args, checkpoint=None):
@@ -267,23 +310,21 @@ def train(args, checkpoint=None):
     """
     noise_model = load_noise_model(args, checkpoint)
     if noise_model:
-        runtime.print_once(f"distill: {measure.summary(noise_model)}")
+        runtime.print_once(f"distill: {noise.summary(noise_model)}")
     stacks, inputs = read_training_set(args, noise_model)
     data.check_crop(stacks[0], args.crop)
     torch.manual_seed(args.seed)
-    if checkpoint or not args.init:
-        model_args = checkpoint["model_args"] if checkpoint else {k: getattr(args, k) for k in SHAPE}
-        network = build_network(**model_args)
-    else:
-        network, start = training.load_network(build_network, args.init, "distill", "cpu")
-        network, model_args = network.train(), start["model_args"]
-    extra = dict(crop=args.crop, noise=noise_model)
+    network, model_args = start_network(args, checkpoint, stacks[0])
+    extra, context = dict(crop=args.crop, noise=noise_model), model_args.get("context", 0)
     run = training.Training("distill", args, checkpoint, network, model_args=model_args, extra=extra, inputs=inputs)
+    joint = noise_model and any(noise_model.get("through", ()))  # the noise of the neighbours is not independent
+    contexts = [context, context if joint else 0][: len(stacks)]
     for step in run.steps():
-        y, *more = data.random_crops(stacks, args.batch, args.crop, run.rng(step), run.rank, run.world)
+        y, *more = data.random_crops(stacks, args.batch, args.crop, run.rng(step), run.rank, run.world, contexts)
         if noise_model:
             rngs = [run.rng(step, 1, j) for j in range(run.rank, args.batch, run.world)]
-            more = [draw_noise(noise_model, y, more[0] if more else None, rngs)]
+            recorrupted = y if joint else y[:, context, None]
+            more = [draw_noise(noise_model, recorrupted, more[0] if more else None, rngs)]
         y, target = run.to_device(y, *more)  # with a noise model the target is y itself, and this the noise z
         with run.autocast():
             if noise_model:
@@ -304,10 +345,11 @@ def tiling(checkpoint, memory):
     return max(2 * overlap + 128, int((memory / 3 / bytes_per_pixel) ** 0.5) // 32 * 32), overlap
 
 
-def student(path, device="auto", precision="auto", memory=2 << 30):
-    """The denoiser that a checkpoint holds: callable, (B,1,H,W) noisy to (B,1,H,W) denoised, both on the CPU.
+def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1):
+    """The denoiser that a checkpoint holds: callable, (B,2k+1,H,W) noisy to (B,1,H,W) denoised, both on the CPU.
 
-    Large images go through in tiles such that a run takes about `memory` bytes above what it started with.
+    Its attribute `context` is k, the slices on each side that it sees. ensemble: 8 for the mean over the flips and
+    quarter turns of the image. Large images go through in tiles: a run takes about `memory` bytes beside its start.
     """
     device = runtime.pick_device(device)
     network, checkpoint = training.load_network(build_network, path, "distill", device)
@@ -320,22 +362,28 @@ def student(path, device="auto", precision="auto", memory=2 << 30):
         with runtime.autocast(device, precision):
             return network(y.to(device, memory_format=torch.channels_last)).float().cpu()
 
+    def symmetric(y):
+        return mean_over_symmetries(forward, y)
+
     @torch.inference_mode()
     def denoise(y):
-        return data.tiled(forward, y, side, overlap)
+        return data.tiled(symmetric if ensemble == 8 else forward, y, side, overlap)
 
+    denoise.context = checkpoint["model_args"].get("context", 0)
     return denoise
 
 
 def predict(args):
     """Writes the student's output for every volume of args.data, with the EMA weights of args.model, to args.out."""
-    denoise = student(args.model, args.device, args.precision)
+    denoise = student(args.model, args.device, args.precision, ensemble=args.ensemble)
     noisy = data.read_volumes(args.data, "noisy", args.split, data.TO_PREDICT)
-    data.write_predictions(args, "distill", args.data, noisy, lambda y, *_: denoise(y))
+    data.choose_context(denoise.context, noisy)
+    keep = dict(context=denoise.context)
+    data.write_predictions(args, "distill", args.data, noisy, lambda y, *_: denoise(y), **keep)
 
 
 def export(path, out):
-    """Writes the student of a checkpoint as ONNX: `noisy` to `denoised`, float32 (B,1,H,W) from 16x16 up."""
+    """Writes the student of a checkpoint as ONNX: `noisy` (B,2k+1,H,W) to `denoised` (B,1,H,W), from 16x16 up."""
     try:
         import onnxscript  # noqa: F401  what torch.onnx writes with
     except ImportError:
@@ -343,7 +391,8 @@ def export(path, out):
     network, checkpoint = training.load_network(build_network, path, "distill", "cpu")
     crop = checkpoint["extra"]["crop"]
     network = network.pool_locally(crop).to(memory_format=torch.contiguous_format)
-    y = torch.rand(2, 1, 2 * crop + 8, 2 * crop + 40)  # larger than the window of the attention
+    channels = 2 * checkpoint["model_args"].get("context", 0) + 1
+    y = torch.rand(2, channels, 2 * crop + 8, 2 * crop + 40)  # larger than the window of the attention
     logging.disable(logging.WARNING)  # torch tells of packages that it could use
     try:
         with warnings.catch_warnings():
@@ -369,6 +418,8 @@ def main(argv=None):
     p.add_argument("--noise", default="measured", help=f"with --target recorrupted: {measure.NOISE_HELP}")
     p.add_argument("--pred", help="with --target recorrupted: prediction file (.h5), for measuring and for intensities")
     p.add_argument("--init", help="start from the weights of this student (.pt)")
+    training.context_flag(p)
+    p.add_argument("--ensemble", type=int, choices=(1, 8), help="mean over 8 symmetries (default 8; 1 with --predict)")
     p.add_argument("--export", metavar="FILE", help="only write the trained --model as ONNX (.onnx)")
     training.prediction_flags(p, "distill_out.h5")
     args = p.parse_args(argv)
@@ -378,6 +429,7 @@ def main(argv=None):
     if not args.data:
         raise ValueError("--data is needed, but for --export")
     training.check_outputs(args, [args.data, args.target, args.pred, args.init])
+    args.ensemble = args.ensemble or (1 if args.predict else 8)
     if not args.predict:
         if not args.target:
             raise ValueError("--target is needed for training: a prediction file, recorrupted, or clean")

@@ -43,12 +43,17 @@ def plane(side):
     return np.stack([np.outer(flat, flat), np.outer(ramp, flat), np.outer(flat, ramp)]).reshape(3, -1)
 
 
-def periodogram(blocks):
-    """Power at each frequency of blocks freed of their plane, (n,side,side); of white noise: its variance."""
+def waves(blocks):
+    """DFT of blocks freed of their plane, (n,side,side) complex, of unit power for white noise of unit variance."""
     side, basis = blocks.shape[-1], plane(blocks.shape[-1])
     flat = blocks.reshape(len(blocks), -1)
     flat = flat - (flat @ basis.T) @ basis
-    return (np.abs(np.fft.fft2(flat.reshape(blocks.shape))) ** 2 / side**2).astype(np.float32)
+    return np.fft.fft2(flat.reshape(blocks.shape)) / side
+
+
+def periodogram(blocks):
+    """Power at each frequency of blocks freed of their plane, (n,side,side); of white noise: its variance."""
+    return (np.abs(waves(blocks)) ** 2).astype(np.float32)
 
 
 def expected(correlation, side):
@@ -175,6 +180,50 @@ def measure_correlation(images, means=None):
     return table
 
 
+def measure_through(stacks, correlation, lag):
+    """Correlation of the noise with the same pixel `lag` slices away, from stacks of neighbouring slices [(S,H,W)].
+
+    Where both slices are flat, what their high frequencies have in common is noise that they share. The flattest blocks
+    are looked for in the sum of the two slices, by half of the frequencies, and measured by the other half. Blocks of
+    like intensity are taken together; those with the least structure count (power at low over high frequencies).
+    Returns None if there are too few blocks to tell.
+    """
+    expect, (frequency, even) = np.maximum(expected(correlation, 8), 1e-6), halves(8)
+    high, low = frequency >= 0.25, (frequency < 0.25) & (expect > 0.05)
+    high &= expect > 0.1 * expect[high].mean()
+    common, power, both, mean = [], [], [], []
+    for stack in stacks:
+        for s in range(len(stack) - lag):
+            one, other = (in_blocks([stack[k]], 8) for k in (s, s + lag))
+            keep = usable(one) & usable(other)
+            one, other = one[keep], other[keep]
+            a, b = waves(one), waves(other)
+            common.append(((a * b.conj()).real / expect).astype(np.float32))
+            power.append(((np.abs(a) ** 2 + np.abs(b) ** 2) / 2 / expect).astype(np.float32))
+            both.append((np.abs(a + b) ** 2 / expect).astype(np.float32))
+            mean.append((one + other).mean((1, 2)) / 2)
+    if not mean:
+        return None
+    common, power, both, mean = map(np.concatenate, (common, power, both, mean))
+    bin_of, rows = bins(mean, 16), []
+    for k in np.unique(bin_of):
+        i = np.flatnonzero(bin_of == k)
+        if len(i) >= max(100, 0.01 * len(bin_of)):
+            count, shared, own, structure = max(30, int(FLATTEST * len(i))), 0.0, 0.0, 0.0
+            for chosen_by, measured_by in ((even, ~even), (~even, even)):
+                best = i[np.argsort(both[i][:, high & chosen_by].sum(1))[:count]]
+                shared += common[best][:, high & measured_by].sum()
+                own += power[best][:, high & measured_by].sum()
+                structure += power[best][:, low].mean()
+            level = own / count / high.sum()
+            rows.append((count, len(i), level, structure / 2 / max(level, 1e-12), shared / max(own, 1e-12)))
+    if not rows:
+        return None
+    count, size, level, ratio, found = map(np.array, zip(*rows))
+    ratio = np.where(level > 0.25 * np.average(level, weights=size * level), ratio, np.inf)
+    return float(np.average(found, weights=count * np.exp(-(((ratio - ratio.min()) / 0.1) ** 2))))
+
+
 def measure_levels(images, correlation, means=None):
     """Noise level function as points (intensity, variance, blocks, disorder), each (n,), at the high frequencies."""
     blocks = in_blocks(images, 8)
@@ -280,9 +329,7 @@ def measure(images, means=None, magnitude=False):
 # ---------------------------------------------------------------------------------------------------------------
 # files
 # ---------------------------------------------------------------------------------------------------------------
-import argparse
 import json
-from pathlib import Path
 
 import data
 import noise
@@ -293,6 +340,7 @@ NOISE_HELP = (
     "or a file of measure.py (default measured)"
 )
 PIXELS = 8_000_000  # as many as measuring looks at, evenly spread over all slices
+INDEPENDENT = 0.1  # correlation through the slices up to which they count as independent: it is known to about 0.05
 
 
 def measure_file(path, pred=None):
@@ -316,7 +364,23 @@ def measure_file(path, pred=None):
         for end in (image.min(), image.max())  # an inverted volume has a negative scale
     )
     means = None if means is None else [np.asarray(means[name][s]) for name, s in slices]
-    return measure(images, means, magnitude=bool(lowest >= 0))
+    noise_model = measure(images, means, magnitude=bool(lowest >= 0))
+    return noise_model | dict(through=through_slices(volumes, np.array(noise_model["correlation"])))
+
+
+def through_slices(volumes, correlation):
+    """[r1, r2]: correlation of the noise one and two slices away in {name: (S,H,W)}; zeros if they are independent.
+
+    None for what cannot be told, because no volume has three slices or there are too few flat places in them.
+    """
+    stacks = [np.asarray(v[s : s + 4]) for v in volumes.values() for s in range(0, v.shape[0] - 2, 4)]
+    if not stacks:
+        return [None, None]
+    count = min(len(stacks), max(1, int(PIXELS / 2 / np.mean([stack.size for stack in stacks]))))
+    stacks = [stacks[i] for i in np.unique(np.linspace(0, len(stacks) - 1, count).round().astype(int))]
+    found = [measure_through(stacks, correlation, lag) for lag in (1, 2)]
+    known = [r for r in found if r is not None]
+    return [r and round(r, 5) for r in found] if not known or max(map(abs, known)) > INDEPENDENT else [0.0, 0.0]
 
 
 def load_noise_model(text, path=None, pred=None):
@@ -326,48 +390,7 @@ def load_noise_model(text, path=None, pred=None):
     """
     if text == "measured":
         return measure_file(path, pred)
-    kind, _, numbers = text.partition(":")
-    if kind in noise.KINDS:
-        level, _, correlation = numbers.partition(":")
-        try:
-            level, correlation = runtime.fraction(level), float(correlation or 0)
-        except (ValueError, argparse.ArgumentTypeError):
-            level, correlation = 0, 0
-        if not 0 < level < np.inf or not 0 <= correlation <= REACH:
-            raise ValueError(f"--noise {text}: give kind:level or kind:level:correlation, such as gaussian:6/255:1.2")
-        return noise.known(kind, level, correlation)
-    if not Path(text).is_file():
-        raise ValueError(f"--noise {text}: neither measured, nor one of {', '.join(noise.KINDS)}:level, nor a file")
-    try:
-        found = json.loads(Path(text).read_text())
-        coefficients = np.array(found["variance"], float)
-        table = np.array(found["correlation"], float)
-        if coefficients.shape != (3,) or table.shape != (2 * REACH + 1,) * 2:
-            raise ValueError(f"shapes {coefficients.shape} and {table.shape}")
-        if not (0 <= coefficients).all() or not 0 < coefficients.sum() < np.inf:
-            raise ValueError(f"variance {coefficients}")
-        if not np.isfinite(table).all() or not np.isclose(table[REACH, REACH], 1):
-            raise ValueError("correlation that is not 1 in the centre, or not finite")
-        return make_noise_model(coefficients, table, found.get("compressed", False))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{text} is not a noise model of measure.py: {error!r}") from None
-
-
-def summary(noise_model):
-    """What a noise model says, in three or four lines."""
-    table, (a, b, c) = np.array(noise_model["correlation"]), noise_model["variance"]
-
-    def at(dy, dx):
-        return f"{table[REACH + dy, REACH + dx]:+.3f}"
-
-    erased = "stored as JPEG, which erases noise where images are flat: the level is too low, and no model holds\n"
-    return (
-        f"{noise.law(noise_model)}: variance {a:.3g} + {b:.3g} x + {c:.3g} x^2 at intensity x; standard deviation "
-        f"{a**0.5:.4f} at 0, {(a + b / 2 + c / 4) ** 0.5:.4f} at 0.5, {(a + b + c) ** 0.5:.4f} at 1\n"
-        f"correlation with the pixel 1, 2, 3 along the rows {' '.join(at(0, k) for k in (1, 2, 3))}, "
-        f"the columns {' '.join(at(k, 0) for k in (1, 2, 3))}, the diagonals {at(1, 1)} {at(1, -1)}\n"
-        f"{erased if noise_model['compressed'] else ''}blind spot to use: {noise_model['blind_spot']}"
-    )
+    return noise.parse_noise_model(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -381,7 +404,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     runtime.check_outputs([args.data, args.pred], [args.out] if args.out else [])
     noise_model = measure_file(args.data, args.pred)
-    print(summary(noise_model))
+    print(noise.summary(noise_model))
     if args.out:
         with runtime.atomic_write(args.out) as temporary:
             temporary.write_text(json.dumps(noise_model) + "\n")

@@ -12,6 +12,7 @@ A noise *model* is a plain dict:
 
     variance     [a, b, c]: the noise level function a + b x + c x^2 at clean intensity x
     correlation  (13,13) table of the correlation with the pixels up to 6 away, 1 in its centre
+    through      [r1, r2]: correlation with the same pixel one and two slices away; None if unknown, taken for 0
     blind_spot   1, 5 or 9: the smallest hole of bsn.py that hides the correlated neighbours of a pixel
     compressed   whether the images were stored as JPEG, which no such model describes
 
@@ -83,10 +84,10 @@ def known(kind, level, correlation=0):
     return make_noise_model([power * (k == KINDS.index(kind)) for k in range(3)], inner)
 
 
-def make_noise_model(variance, correlation, compressed=False):
+def make_noise_model(variance, correlation, compressed=False, through=(0.0, 0.0)):
     """A noise model from its numbers; adds the blind spot that hides the correlated neighbours of a pixel.
 
-    variance: [a, b, c]. correlation: (13,13).
+    variance: [a, b, c]. correlation: (13,13). through: correlation one and two slices away.
     """
     offset = np.abs(np.arange(-REACH, REACH + 1))
     distance = offset[:, None] + offset[None]  # the hole of bsn.py is a diamond
@@ -94,6 +95,7 @@ def make_noise_model(variance, correlation, compressed=False):
     return dict(
         variance=[float(v) for v in variance],
         correlation=np.round(correlation, 5).tolist(),
+        through=[r if r is None else round(float(r), 5) for r in through],
         blind_spot=1 if beyond[0] < SEEN else 5 if beyond[1] < SEEN else 9,
         compressed=bool(compressed),
     )
@@ -122,13 +124,32 @@ def spectrum(noise_model, h, w):
     return power / power.mean()
 
 
+def mix_through(white, through):
+    """Independent fields (S,H,W) to fields whose correlation one and two slices apart is `through`, [r1, r2].
+
+    The nearest covariance that there is: of three numbers 1, r1, r2 alone, not each is one.
+    """
+    apart = np.abs(np.subtract.outer(*2 * (np.arange(len(white)),)))
+    table = np.array([1.0, *(r or 0.0 for r in through), 0.0])[np.minimum(apart, 3)]
+    values, vectors = np.linalg.eigh(table)
+    table = (vectors * np.maximum(values, 0)) @ vectors.T
+    scale = np.sqrt(np.diag(table))
+    values, vectors = np.linalg.eigh(table / np.outer(scale, scale))
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+    return np.tensordot(root.astype(white.dtype), white, 1)
+
+
 def sample(noise_model, x, generator, y=None):
     """Noise for clean images x (...,H,W): what the scanner might have added. Same shape, float32.
+
+    A stack (S,H,W) of neighbouring slices gets noise that is correlated through them as the model says.
 
     y: the noisy images, if there are any. Noise cannot be stronger than what varies: where y varies with less than half
     the energy that the model expects (a masked background, or one whose level was overestimated), it limits the noise.
     """
     n = generator.standard_normal(x.shape, dtype=np.float32)
+    if x.ndim == 3 and any(noise_model.get("through", ())):
+        n = mix_through(n, noise_model["through"])
     if np.count_nonzero(noise_model["correlation"]) > 1:
         n = np.fft.ifft2(np.fft.fft2(n) * np.sqrt(spectrum(noise_model, *x.shape[-2:]))).real
     s2 = variance(noise_model, x)
@@ -142,12 +163,65 @@ def sample(noise_model, x, generator, y=None):
 # ---------------------------------------------------------------------------------------------------------------
 # command
 # ---------------------------------------------------------------------------------------------------------------
+import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import data
 from lib import runtime
+
+
+def parse_noise_model(text):
+    """The noise model of kind:level[:correlation], or of a JSON file that measure.py wrote. Raises ValueError."""
+    kind, _, numbers = text.partition(":")
+    if kind in KINDS:
+        level, _, correlation = numbers.partition(":")
+        try:
+            level, correlation = runtime.fraction(level), float(correlation or 0)
+        except (ValueError, argparse.ArgumentTypeError):
+            level, correlation = 0, 0
+        if not 0 < level < np.inf or not 0 <= correlation <= REACH:
+            raise ValueError(f"--noise {text}: give kind:level or kind:level:correlation, such as gaussian:6/255:1.2")
+        return known(kind, level, correlation)
+    if not Path(text).is_file():
+        raise ValueError(f"--noise {text}: neither measured, nor one of {', '.join(KINDS)}:level, nor a file")
+    try:
+        found = json.loads(Path(text).read_text())
+        coefficients = np.array(found["variance"], float)
+        table = np.array(found["correlation"], float)
+        if coefficients.shape != (3,) or table.shape != (2 * REACH + 1,) * 2:
+            raise ValueError(f"shapes {coefficients.shape} and {table.shape}")
+        if not (0 <= coefficients).all() or not 0 < coefficients.sum() < np.inf:
+            raise ValueError(f"variance {coefficients}")
+        if not np.isfinite(table).all() or not np.isclose(table[REACH, REACH], 1):
+            raise ValueError("correlation that is not 1 in the centre, or not finite")
+        through = found.get("through", [0.0, 0.0])
+        if len(through) != 2 or any(r is not None and not abs(r) <= 1 for r in through):
+            raise ValueError(f"through {through}")
+        return make_noise_model(coefficients, table, found.get("compressed", False), through)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{text} is not a noise model of measure.py: {error!r}") from None
+
+
+def summary(noise_model):
+    """What a noise model says, in three or four lines."""
+    table, (a, b, c) = np.array(noise_model["correlation"]), noise_model["variance"]
+
+    def at(dy, dx):
+        return f"{table[REACH + dy, REACH + dx]:+.3f}"
+
+    erased = "stored as JPEG, which erases noise where images are flat: the level is too low, and no model holds\n"
+    through = " ".join("unknown" if r is None else f"{r:+.3f}" for r in noise_model.get("through", [None, None]))
+    return (
+        f"{law(noise_model)}: variance {a:.3g} + {b:.3g} x + {c:.3g} x^2 at intensity x; standard deviation "
+        f"{a**0.5:.4f} at 0, {(a + b / 2 + c / 4) ** 0.5:.4f} at 0.5, {(a + b + c) ** 0.5:.4f} at 1\n"
+        f"correlation with the pixel 1, 2, 3 along the rows {' '.join(at(0, k) for k in (1, 2, 3))}, "
+        f"the columns {' '.join(at(k, 0) for k in (1, 2, 3))}, the diagonals {at(1, 1)} {at(1, -1)}\n"
+        f"correlation one and two slices away {through}\n"
+        f"{erased if noise_model['compressed'] else ''}blind spot to use: {noise_model['blind_spot']}"
+    )
 
 
 def add_to_file(args):

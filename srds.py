@@ -73,9 +73,9 @@ MODES = ("single", "independent", "pair", "zero")
 
 
 def sample(eps_model, c, noise, abar, mode, pairs, steps):
-    """(mean, std or None) of X for a batch of conditions c (B,C,H,W); noise(k): the k-th starting noise, like c."""
+    """(mean, std or None) of X for a batch of conditions c (B,C,H,W); noise(k): the k-th starting noise (B,1,H,W)."""
     if mode == "zero":
-        return ddim(eps_model, torch.zeros_like(c), c, abar, steps), None
+        return ddim(eps_model, torch.zeros_like(c[:, :1]), c, abar, steps), None
     if mode == "single":
         return ddim(eps_model, noise(0), c, abar, steps), None
     if mode == "independent":
@@ -106,6 +106,8 @@ def predict(args):
     abar, steps = diffusion.alpha_bar(extra["T"]), args.steps or extra["sampling_steps"]
     timesteps(len(abar), steps)
     conditions = data.read_volumes(args.cond, "pred", args.split, data.TO_PREDICT)
+    context = checkpoint["model_args"].get("context", 0)
+    data.choose_context(context, conditions)
     warn_of_other_data(args, checkpoint)
     runtime.print_once(f"srds: EMA weights of {args.model}, step {checkpoint['step']}; {args.mode}, {steps} steps")
     eps_model = diffusion.eps_model(network, abar)
@@ -114,17 +116,17 @@ def predict(args):
     def sample_batch(c, name, rows):
         def noise(k):
             seeds = [(args.seed, zlib.crc32(name.encode()), s, k) for s in range(rows.start, rows.stop)]
-            drawn = [runtime.gaussian(runtime.step_rng(*seed), *c.shape[1:]) for seed in seeds]
+            drawn = [runtime.gaussian(runtime.step_rng(*seed), 1, *c.shape[2:]) for seed in seeds]
             return torch.stack(drawn).to(device)
 
         c = c.to(device)
         with runtime.autocast(device, args.precision):
             mean, spread = sample(eps_model, diffusion.scaled(c), noise, abar, args.mode, args.pairs, steps)
-        mean = diffusion.to_image(mean, c, target, std)
+        mean = diffusion.to_image(mean, c[:, context, None], target, std)
         return mean if spread is None else torch.cat([mean, spread * diffusion.unit(target, std)], 1)
 
     keys = ["pred", "std"] if args.mode == "pair" else ["pred"]
-    data.write_predictions(args, "srds", args.cond, conditions, sample_batch, keys, batch=args.batch)
+    data.write_predictions(args, "srds", args.cond, conditions, sample_batch, keys, batch=args.batch, context=context)
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lib import formats, runtime
+from lib import crops, formats, runtime
 
 KINDS = formats.KINDS
 PIXELS = 64_000_000  # to train on, at most
@@ -164,7 +164,7 @@ def training_volumes(jobs, problems, least, everything=False):
 
     Volumes with a side of less than `least` pixels are only taken if there are no others. So that training needs no
     more memory for a larger folder, the jobs are taken in random order until there are PIXELS, and of a volume that has
-    more than its share only a `training_window`; `everything` takes all. What cannot be read is added to `problems`.
+    more than its share only `training_runs`; `everything` takes all. What cannot be read is added to `problems`.
     """
     share = np.inf if everything else PIXELS // min(max(len(jobs), 4), 100)
     small, taken, large = [], 0, False  # large: whether there was a volume of at least `least` pixels
@@ -179,11 +179,13 @@ def training_volumes(jobs, problems, least, everything=False):
                 yield from [] if large else small
                 return
             low, high = finite_range(volume.slices)
-            slices = training_window(volume.slices, share, runtime.step_rng(0, k, j))
-            if slices.dtype.kind == "f":
-                slices = np.nan_to_num(slices, nan=low, posinf=high, neginf=low)
-            if slices.min() < slices.max() and min(slices.shape[1:]) >= 16:
-                volume = volume._replace(name=f"{k:05d}-{j}", source="", slices=slices, ends=(low, high))
+            for r, slices in enumerate(training_runs(volume.slices, share, runtime.step_rng(0, k, j))):
+                if slices.dtype.kind == "f":
+                    slices = np.nan_to_num(slices, nan=low, posinf=high, neginf=low)
+                if slices.min() == slices.max() or min(slices.shape[1:]) < 16:
+                    continue
+                name = f"{k:05d}-{j}" + (f"-{r}" if r else "")
+                volume = volume._replace(name=name, source="", slices=slices, ends=(low, high))
                 if min(slices.shape[1:]) >= least:
                     taken = slices.size + taken * large  # the small ones before the first large one do not count
                     large = True
@@ -195,29 +197,35 @@ def training_volumes(jobs, problems, least, everything=False):
         yield from small
 
 
-def training_window(slices, share, rng):
-    """What to train on of (S,H,W): all if that is at most `share` pixels, else evenly spaced slices.
+def training_runs(slices, share, rng):
+    """What to train on of (S,H,W): [(s,h,w)], all if that is at most `share` pixels, else evenly spaced runs of slices.
 
-    If one slice is too many, a window of it: of eight at random places, the one that varies most. Its sides have WINDOW
-    pixels, or more if the share allows.
+    A run has 8 neighbouring slices, or as many as the share allows. If one slice is too many, each has a window: of
+    eight at random places, the one that varies most. Its sides have WINDOW pixels, or more if the share allows.
     """
     count, (h, w) = len(slices), slices.shape[1:]
     if slices.size <= share:
-        return slices
+        return [slices]
     side = max(WINDOW, int(share**0.5)) if share < h * w else max(h, w)
     most = max(1, int(share) // (min(side, h) * min(side, w)))
-    slices = slices[np.unique(np.linspace(0, count - 1, min(most, count)).round().astype(int))]
+    length = min(most, count, 8)
+    starts = np.unique(np.linspace(0, count - length, max(1, min(most, count) // length)).round().astype(int))
+    runs = [slices[first : first + length] for first in starts]
     # corners at multiples of 8, so that the 8x8 blocks of a JPEG start at the edge of the window
     corners = [[8 * int(rng.integers(max(n - side, 0) // 8 + 1)) for n in (h, w)] for _ in range(8)]
-    windows = [slices[:, top : top + side, left : left + side] for top, left in corners]
-    return max(windows, key=lambda window: np.nan_to_num(np.nanstd(window.astype(np.float32))))
+    return [max((run[:, top : top + side, left : left + side] for top, left in corners), key=spread) for run in runs]
+
+
+def spread(slices):
+    return np.nan_to_num(np.nanstd(slices.astype(np.float32)))
 
 
 def denoise_volume(volume, denoise):
     """The slices of a formats.Volume, denoised one by one, in their own units and type; what is not finite stays.
 
-    denoise: callable that denoises a float32 tensor (1,1,H,W) with values of about [0,1]. What it changes is added to
-    the stored numbers, so that no change returns the same bits. Raises ValueError below 16x16 pixels.
+    denoise: callable, a float32 tensor (1,2k+1,H,W) of a slice with k neighbours on each side, about [0,1], to
+    (1,1,H,W); its attribute `context` is k (0 without one). What it changes is added to the stored numbers, so that no
+    change returns the same bits. Raises ValueError below 16x16 pixels, or for a single slice that needs neighbours.
     """
     low, high = finite_range(volume.slices)
     if min(volume.slices.shape[1:]) < 16:
@@ -226,16 +234,24 @@ def denoise_volume(volume, denoise):
         return volume.slices
     scale, offset = scaling(volume, low, high)
     wide = np.float64 if volume.slices.dtype.itemsize > 2 else np.float32
-    out = np.empty(volume.slices.shape, volume.slices.dtype)
-    for s, raw in enumerate(volume.slices):
-        y = raw.astype(wide)
+    context, count, ready = getattr(denoise, "context", 0), len(volume.slices), {}
+    if context and count < 2:
+        raise ValueError(f"{volume.source}: a single image, and the student sees neighbouring slices")
+
+    def mapped(s):
+        y = volume.slices[s].astype(wide)
         y -= offset
         y /= scale
-        y = np.nan_to_num(y.astype(np.float32, copy=False), copy=False, nan=0, posinf=1, neginf=0)
-        x = denoise(torch.from_numpy(y)[None, None])[0, 0].numpy()
-        x -= y
+        return np.nan_to_num(y.astype(np.float32, copy=False), copy=False, nan=0, posinf=1, neginf=0)
+
+    out = np.empty(volume.slices.shape, volume.slices.dtype)
+    for s in range(count):
+        which = crops.around(s, count, context)
+        ready = {k: ready[k] if k in ready else mapped(k) for k in which}  # each slice is mapped once
+        x = denoise(torch.from_numpy(np.stack([ready[k] for k in which]))[None])[0, 0].numpy()
+        x -= ready[s]
         x *= scale
-        out[s] = formats.as_type(raw + x, out.dtype)
+        out[s] = formats.as_type(volume.slices[s] + x, out.dtype)
     return out
 
 

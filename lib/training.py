@@ -71,6 +71,16 @@ def training_parser(doc, names, settings, choices=None, model="model.pt"):
     return p
 
 
+def context(text):
+    """The value of --context."""
+    return text if text == "auto" else whole(text)
+
+
+def context_flag(p):
+    said = "neighbouring slices on each side that the network sees; auto: 2 for volumes, 0 for single images"
+    p.add_argument("--context", type=context, default="auto", metavar="K", help=f"{said} (default auto)")
+
+
 def prediction_flags(p, out):
     """The flags of a stage that predicts once it has trained."""
     p.add_argument("--out", default=out, help=f"prediction to write (default {out})")

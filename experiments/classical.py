@@ -1,0 +1,60 @@
+"""BM3D and BM4D, denoisers without training, from packages of their own; for baselines.py.
+
+    bm3d     slice by slice, block matching and 3D filtering (Dabov et al. 2007; `bm3d`, research licence)
+    bm4d     the volume, the same with cubes (Maggioni et al. 2013; `bm4d`, research licence)
+
+They are told the noise model: its level and its power spectrum. Noise that depends on intensity is made uniform first
+and the result transformed back: Poisson noise by Anscombe's transform with its exact unbiased inverse (Makitalo & Foi
+2011, closed form), other models by the integral of 1 / standard deviation. Install the packages with
+`pip install -r experiments/requirements.txt`; each is imported only when it is used.
+"""
+
+import importlib
+
+import numpy as np
+
+import noise
+
+METHODS = ("bm3d", "bm4d")
+
+
+def load(method):
+    """The module of a method's package; raises ValueError with one line if it is not installed."""
+    try:
+        return importlib.import_module(method)
+    except ImportError as error:
+        how = "pip install -r experiments/requirements.txt"
+        raise ValueError(f"--method {method} needs a package of its own ({error}): {how}") from None
+
+
+def stabilize(noise_model):
+    """(forward, inverse) to and from intensities at which the noise has unit variance, for arrays of any shape."""
+    a, b, c = noise_model["variance"]
+    if b == c == 0:
+        return (lambda y: y / a**0.5), (lambda z: z * a**0.5)
+    if a == c == 0:  # Poisson(x / b) b
+
+        def inverse(z):
+            z = np.maximum(z, 1e-3)
+            x = z**2 / 4 + 1.5**0.5 / (4 * z) - 11 / (8 * z**2) + 5 * 1.5**0.5 / (8 * z**3) - 1 / 8
+            return b * np.maximum(x, 0)
+
+        return (lambda y: 2 * np.sqrt(np.maximum(y / b + 3 / 8, 0))), inverse
+    grid = np.linspace(-0.2, 2, 20001)
+    level = np.sqrt(np.maximum(noise.variance(noise_model, grid), 1e-3 * noise.variance(noise_model, 0.5)))
+    table = np.append(0, np.cumsum((1 / level[1:] + 1 / level[:-1]) / 2) * (grid[1] - grid[0]))
+    return (lambda y: np.interp(y, grid, table)), (lambda z: np.interp(z, table, grid))
+
+
+def denoise_volume(method, volume, noise_model):
+    """volume (S,H,W), about [0,1], denoised by `method`, which is told the noise model; (S,H,W) float32."""
+    package = load(method)
+    y = np.asarray(volume, np.float64)
+    forward, inverse = stabilize(noise_model)
+    z, white = forward(y), np.count_nonzero(noise_model["correlation"]) == 1
+    power = noise.spectrum(noise_model, *y.shape[1:]) * y[0].size  # their unit: |DFT|^2 of the noise
+    if method == "bm3d":
+        out = np.stack([package.bm3d(image, 1.0 if white else power) for image in z])
+    else:
+        out = package.bm4d(z, 1.0 if white else np.broadcast_to(power * len(y), y.shape).copy())
+    return inverse(np.asarray(out).reshape(y.shape)).astype(np.float32)
