@@ -332,7 +332,7 @@ def show(args):
 def import_images(args):
     """Reads image files and writes them as a dataset; what cannot be read is named in a line and left out."""
     shares = split_shares(args.split)
-    options = args.key, args.acquisition, args.reference, args.source == "brain"
+    options = args.key, args.acquisition, args.reference, args.source == "brain", args.slices
     volumes, problems = files.read_sources(args.sources, *options)
     for problem in problems:
         print(f"left out: {problem}", flush=True)
@@ -352,6 +352,7 @@ def main(argv=None):
     q.add_argument("--acquisition", help="only HDF5 files (fastMRI, M4Raw) with this attribute, such as AXT2")
     means = "the mean of all repetitions (the paper), or of the others alone, as `clean`"
     q.add_argument("--reference", choices=["mean", "others"], help=f"M4Raw: {means}")
+    q.add_argument("--slices", type=runtime.positive, help="only so many slices in the middle of each volume")
     patch = "cut slices into whole patches of this side, pixels (the paper: 300)"
     q.add_argument("--patch", type=runtime.positive, help=patch)
     q = commands.add_parser("show", help="what a file holds")

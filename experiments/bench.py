@@ -95,7 +95,7 @@ def infer_once(size, name, variant, side, device):
 
 
 def denoise_once(path, y, device):
-    distill.student(path, str(device))(torch.from_numpy(y)[None, None])
+    distill.student(path, str(device))(torch.from_numpy(y)[None])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -180,19 +180,23 @@ def section_student(args):
         print("bench: the section student needs --data and --student", flush=True)
         return
     noisy, clean = (data.read_volumes(args.data, key, "test") for key in ("noisy", "clean"))
-    first, student = next(iter(noisy.values()))[0], distill.student(args.student, str(args.device))
-    sigma = data.rms_difference(noisy, clean)
+    student, sigma = distill.student(args.student, str(args.device)), data.rms_difference(noisy, clean)
     bayes = dict(sigma=sigma, method="BayesShrink", mode="soft", rescale_sigma=True)
-    ways = {
-        "student": lambda y: student(torch.from_numpy(y)[None, None])[0, 0].numpy(),
-        "non-local means, fast": partial(baselines.non_local_means, sigma=sigma),
-        "total variation": partial(denoise_tv_chambolle, weight=sigma),
-        "wavelet": partial(denoise_wavelet, **bayes),
+    ways = {  # of a slice with its neighbours (2k+1,H,W), the classical ones take the slice
+        "student": lambda y: student(torch.from_numpy(y)[None])[0, 0].numpy(),
+        "non-local means, fast": lambda y: baselines.non_local_means(y[student.context], sigma),
+        "total variation": lambda y: denoise_tv_chambolle(y[student.context], weight=sigma),
+        "wavelet": lambda y: denoise_wavelet(y[student.context], **bayes),
     }
-    large = np.pad(first, [(0, max(0, 512 - n)) for n in first.shape], mode="wrap")[:512, :512]
+    slices = [
+        (np.asarray(data.read_around(volume, s, student.context)), clean[name][s])
+        for name, volume in noisy.items()
+        for s in range(volume.shape[0])
+    ]
+    first = slices[0][0]
+    large = np.pad(first, [(0, 0), *((0, max(0, 512 - n)) for n in first.shape[1:])], mode="wrap")[:, :512, :512]
     large = np.ascontiguousarray(large, np.float32)
     seconds = median_seconds({way: partial(f, large) for way, f in ways.items()}, args.repeats, args.device)
-    slices = [(np.asarray(volume[s]), clean[name][s]) for name, volume in noisy.items() for s in range(len(volume))]
     for way, denoise in ways.items():
         psnr, ssim = np.mean([evaluate.psnr_ssim(denoise(y), x) for y, x in slices], 0)
         needed = memory(args.device, denoise_once, args.student, large) if way == "student" else None

@@ -1,4 +1,10 @@
-"""BM3D and BM4D, denoisers without training, from packages of their own; for baselines.py.
+"""BM3D and BM4D, denoisers without training, from packages of their own, on the same files as the stages.
+
+    In    knee.h5        volumes/<name>/noisy  (S,H,W) float32, about [0,1]
+    Out   bm4d_out.h5    volumes/<name>/pred   (S,H,W) float32
+
+    python -m experiments.classical --data knee.h5 --method bm4d --noise gaussian:6/255 --split test
+    python -m experiments.classical --data knee.h5 --method bm3d --noise measured
 
     bm3d     slice by slice, block matching and 3D filtering (Dabov et al. 2007; `bm3d`, research licence)
     bm4d     the volume, the same with cubes (Maggioni et al. 2013; `bm4d`, research licence)
@@ -13,7 +19,10 @@ import importlib
 
 import numpy as np
 
+import data
+import measure
 import noise
+from lib import runtime
 
 METHODS = ("bm3d", "bm4d")
 
@@ -47,9 +56,14 @@ def stabilize(noise_model):
 
 
 def denoise_volume(method, volume, noise_model):
-    """volume (S,H,W), about [0,1], denoised by `method`, which is told the noise model; (S,H,W) float32."""
+    """volume (S,H,W), about [0,1], denoised by `method`, which is told the noise model; (S,H,W) float32.
+
+    Raises ValueError if the package is not installed, or a volume is too small for its blocks.
+    """
     package = load(method)
     y = np.asarray(volume, np.float64)
+    if method == "bm4d" and len(y) < 8:
+        raise ValueError(f"bm4d needs volumes of at least 8 slices, not {len(y)}")
     forward, inverse = stabilize(noise_model)
     z, white = forward(y), np.count_nonzero(noise_model["correlation"]) == 1
     power = noise.spectrum(noise_model, *y.shape[1:]) * y[0].size  # their unit: |DFT|^2 of the noise
@@ -58,3 +72,26 @@ def denoise_volume(method, volume, noise_model):
     else:
         out = package.bm4d(z, 1.0 if white else np.broadcast_to(power * len(y), y.shape).copy())
     return inverse(np.asarray(out).reshape(y.shape)).astype(np.float32)
+
+
+def main(argv=None):
+    p = runtime.parser(__doc__)
+    p.add_argument("--data", required=True, help="dataset (.h5)")
+    p.add_argument("--method", choices=METHODS, required=True, help="see above")
+    p.add_argument("--noise", default="measured", help=measure.NOISE_HELP)
+    p.add_argument("--split", choices=(*data.SPLITS, "all"), default="all", help="only this split (default all)")
+    p.add_argument("--out", default="METHOD_out.h5", help="prediction to write (default METHOD_out.h5)")
+    args = p.parse_args(argv)
+    args.out = args.out.replace("METHOD", args.method)
+    runtime.check_outputs([args.data, args.noise], [args.out])
+    load(args.method)
+    noise_model, noisy = measure.load_noise_model(args.noise, args.data), data.read_volumes(args.data, split=args.split)
+    with data.write_volumes(args.out, "prediction", args.method, vars(args), like=args.data, noise=noise_model) as add:
+        for name, volume in runtime.progress(noisy.items(), args.method):
+            (pred,) = add(name, volume.shape, ["pred"])
+            pred[:] = denoise_volume(args.method, np.asarray(volume[:]), noise_model)
+    print(f"{args.method}: {len(noisy)} volumes -> {args.out}", flush=True)
+
+
+if __name__ == "__main__":
+    runtime.command(main)

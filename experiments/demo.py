@@ -31,7 +31,8 @@ OURS, PAPER, BOUND = "student", "student of the paper's recipe", "supervised"
 
 def run_methods(stages, args):
     """Makes the noisy brain and runs every method on it. Returns {name in the table: prediction file}."""
-    stages.run(data, "import", "--source", "brain", out="clean.h5")
+    some = ["--slices", args.slices] if args.slices else []
+    stages.run(data, "import", "--source", "brain", *some, out="clean.h5")
     flags = ["--kind", "gaussian", "--level", LEVEL, "--seed", args.seed]
     stages.run(noise, "add", "--data", stages.path("clean.h5"), *flags, out="brain.h5")
     stages.run(baselines, *stages.data, "--sigma", LEVEL, "--split", "test", out="nlm_out.h5")
@@ -67,6 +68,7 @@ def main(argv=None):
     p.add_argument("--out", default="demo", help="folder for everything (default demo)")
     p.add_argument("--rounds", type=runtime.positive, default=1, help="rounds of both recipes (default 1)")
     p.add_argument("--effort", type=float, default=1.0, help="multiplies the training steps of each stage (default 1)")
+    p.add_argument("--slices", type=runtime.positive, help="only so many slices in the middle of the brain, to try it")
     args = p.parse_args(argv)
     if not args.effort > 0:
         raise ValueError(f"--effort {args.effort:g} is not positive")

@@ -46,9 +46,11 @@ def report_memory(student, side):
 
 @torch.inference_mode()
 def report_seams(student, out):
-    """Prints and draws how much tiles differ from one piece."""
+    """Prints and draws how much tiles differ from one piece. Raises ValueError if the student needs several slices."""
     noisy = torch.from_numpy(mosaic(2048).astype(np.float32) / 65535)[None, None]
     network, checkpoint = training.load_network(distill.build_network, student, "distill", "cpu")
+    if checkpoint["model_args"].get("context"):
+        raise ValueError(f"{student} sees neighbouring slices, which one image has not: train it with --context 0")
     network.pool_locally(checkpoint["extra"]["crop"])
     one_piece = network(noisy)
     for name, memory in (("--memory 2G", 2 << 30), ("the least", 1)):
@@ -73,9 +75,9 @@ def main():
     p.add_argument("--side", type=int, default=8192, help="of the 16-bit image, pixels (default 8192)")
     p.add_argument("--figure", default="results/seam.png", help="to draw (default results/seam.png)")
     args = p.parse_args()
-    report_memory(args.student, args.side)
     report_seams(args.student, args.figure)
+    report_memory(args.student, args.side)
 
 
 if __name__ == "__main__":
-    main()
+    runtime.command(main)

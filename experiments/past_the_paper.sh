@@ -1,5 +1,6 @@
 #!/bin/bash
-# One cell of results/past_the_paper.md: every student with the same network, steps and data; one noise, one seed.
+# One cell of results/past_the_paper.md: every student with the same network, steps and data; one noise, one seed. All
+# networks see single slices.
 # The seed is that of the training; the noise is added once, with a seed of its own.
 #
 #   experiments/past_the_paper.sh CLEAN.h5 KIND:LEVEL[:CORRELATION] SEED FOLDER [FLAGS...]
@@ -14,10 +15,10 @@ export PYTHONPATH; PYTHONPATH=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python} hidden= bsn_steps=1500 diffusion_steps=700 student_steps=800
 mkdir -p "$out"; cd "$out"; [ "${clean:0:1}" = / ] || clean=$OLDPWD/$clean
 make() { local file=$1 module=$2; shift 2; [ -e "$file" ] || "$python" -m "$module" "$@" >> log.txt 2>&1; }
-student() { local name=$1; shift; make "$name.h5" distill --preset nafnet --data noisy.h5 --seed "$seed" --split test \
-    --model "$name.pt" --out "$name.h5" "$@"; }
+student() { local name=$1; shift; make "$name.h5" distill --preset nafnet --context 0 --ensemble 1 --data noisy.h5 --seed "$seed" \
+    --split test --model "$name.pt" --out "$name.h5" "$@"; }
 srds() { # condition: diffusion model, its SRDS mean, a student of it
-    make "$1.pt" diffusion --data noisy.h5 --cond bsn.h5 --seed "$seed" --steps $diffusion_steps --condition "$1" \
+    make "$1.pt" diffusion --context 0 --data noisy.h5 --cond bsn.h5 --seed "$seed" --steps $diffusion_steps --condition "$1" \
         --model "$1.pt"
     make "srds_$1.h5" srds --cond bsn.h5 --model "$1.pt" --steps 2 --out "srds_$1.h5"
     student "student_$1" --target "srds_$1.h5" --steps $student_steps; }
@@ -26,7 +27,7 @@ make noisy.h5 noise add --data "$clean" --kind "$kind" --level "$level" --correl
 make first.json measure --data noisy.h5 --out first.json
 spot=$("$python" -c "import json; print(json.load(open('first.json'))['blind_spot'])")
 case " $* " in *" conditions "*) hidden=--hidden ;; esac
-make bsn.h5 bsn --data noisy.h5 --blind-spot "$spot" --steps $bsn_steps --seed "$seed" $hidden --model bsn.pt --out bsn.h5
+make bsn.h5 bsn --context 0 --data noisy.h5 --blind-spot "$spot" --steps $bsn_steps --seed "$seed" $hidden --model bsn.pt --out bsn.h5
 make noise.json measure --data noisy.h5 --pred bsn.h5 --out noise.json
 make nlm.h5 experiments.baselines --data noisy.h5 --noise noise.json --split test --out nlm.h5
 make posterior.h5 posterior --data noisy.h5 --pred bsn.h5 --noise noise.json --out posterior.h5
@@ -42,7 +43,7 @@ for flag in "$@"; do
         make posterior_hidden.h5 posterior --data noisy.h5 --pred srds_hidden.h5 --noise noise.json --out posterior_hidden.h5
         rows="$rows srds_hidden student_hidden posterior_hidden"
     elif [ "$flag" = variances ]; then
-        make nll.h5 bsn --data noisy.h5 --blind-spot "$spot" --steps $bsn_steps --seed "$seed" --loss nll --model nll.pt --out nll.h5
+        make nll.h5 bsn --context 0 --data noisy.h5 --blind-spot "$spot" --steps $bsn_steps --seed "$seed" --loss nll --model nll.pt --out nll.h5
         make spread.h5 srds --cond bsn.h5 --model plain.pt --steps 2 --pairs 8 --split test --out spread.h5
         for v in energy spectrum; do
             make "v_$v.h5" posterior --data noisy.h5 --pred bsn.h5 --noise noise.json --variance $v --out "v_$v.h5"; done
@@ -51,8 +52,8 @@ for flag in "$@"; do
         make v_spread.h5 posterior --data noisy.h5 --pred spread.h5 --noise noise.json --variance spread --out v_spread.h5
         rows="$rows nll spread v_energy v_spectrum v_predicted v_nll_energy v_spread"
     elif [ "$flag" = weak ]; then
-        make weak.h5 bsn --data noisy.h5 --blind-spot "$spot" --steps $((bsn_steps / 10)) --seed "$seed" --model weak.pt --out weak.h5
-        make weak_diffusion.pt diffusion --data noisy.h5 --cond weak.h5 --seed "$seed" --steps $diffusion_steps \
+        make weak.h5 bsn --context 0 --data noisy.h5 --blind-spot "$spot" --steps $((bsn_steps / 10)) --seed "$seed" --model weak.pt --out weak.h5
+        make weak_diffusion.pt diffusion --context 0 --data noisy.h5 --cond weak.h5 --seed "$seed" --steps $diffusion_steps \
             --model weak_diffusion.pt
         make weak_srds.h5 srds --cond weak.h5 --model weak_diffusion.pt --steps 2 --split test --out weak_srds.h5
         make weak_posterior.h5 posterior --data noisy.h5 --pred weak.h5 --noise noise.json --out weak_posterior.h5

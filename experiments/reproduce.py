@@ -16,7 +16,8 @@ Budgets. `--scale small`: every learned method trains for the same time, --budge
 The number of steps follows from the milliseconds that a step of each network takes (COST). A blind-spot network alone
 has the whole budget; the paper's recipe has a third for each of its three networks; ours has a third for the blind-spot
 network and the rest for the student; a further round has two thirds again. Supervised training, Noise2Self,
-Neighbor2Neighbor and both students have the same network. `--scale paper`: the preset `paper` of every stage.
+Neighbor2Neighbor and both students have the same network. `--scale paper`: the preset `paper` of every stage. At both
+scales a network sees one slice at a time, and a student is applied once: `--context 0 --ensemble 1`, as in the paper.
 
 Methods:
 
@@ -85,6 +86,8 @@ class Cell(denoise.Stages):
         name, size = self.cost[module], "paper" if self.scale == "paper" else "fast"
         presets = {"lgbpn": bsn.LGBPN_PRESETS, **baselines.PRESETS}.get(name, module.PRESETS)
         flags = ["--preset", size, "--crop", min(presets[size]["crop"], self.smallest_side()), *self.common]
+        flags += [] if module is baselines else ["--context", 0]
+        flags += ["--ensemble", 1] if module is distill else []
         if size == "paper":
             return flags
         cost = COST[name][self.spot] if module is bsn else COST[name]

@@ -268,13 +268,18 @@ def robustness(cols):
     return [head, "", "| | |", "|---|---|", *lines, ""] if lines else []
 
 
+def read_runs(out):
+    """The cells that the folder `out` holds, as plain dicts."""
+    return [json.loads(path.read_text()) for path in sorted(Path(out).glob("*-s[0-9]*.json"))]
+
+
 def write(out, work):
     """Writes the tables of all cells in the folder `out`, and the figures that the files in `work` allow.
 
     Raises ValueError if there are no cells, or if their scales or budgets differ.
     """
     out, work = Path(out), Path(work)
-    runs = [json.loads(path.read_text()) for path in sorted(out.glob("*-s[0-9]*.json"))]
+    runs = read_runs(out)
     if not runs:
         raise ValueError(f"{out} holds no cell of reproduce.py")
     if len({(run["scale"], run["budget"]) for run in runs}) > 1:

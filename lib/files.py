@@ -147,16 +147,28 @@ def patches(slices, size):
     return grid.transpose(0, 1, 3, 2, 4).reshape(-1, ph, pw)
 
 
-def read_sources(sources, key=None, acquisition=None, reference=None, brain=False):
+def middle(volume, slices):
+    """A formats.Volume with only that many slices, those in its middle; None for all. Grey levels stay as they were."""
+    count = len(volume.slices)
+    if slices is None or slices >= count:
+        return volume
+    kept = slice((count - slices) // 2, (count - slices) // 2 + slices)
+    clean = None if volume.clean is None else volume.clean[kept]
+    return volume._replace(slices=volume.slices[kept], clean=clean, ends=finite_range(volume.slices))
+
+
+def read_sources(sources, key=None, acquisition=None, reference=None, brain=False, slices=None):
     """(iterator over the Volumes of image files and folders, [problem]); brain: the built-in brain comes last.
 
-    key, acquisition, reference: as of `formats.find`. Raises ValueError if there is nothing to read.
+    key, acquisition, reference: as of `formats.find`. slices: as of `middle`. Raises ValueError if there is nothing to
+    read.
     """
     items, problems = formats.find(sources, key, acquisition, reference)
     if not items and not brain:
         raise ValueError(problems[0] if problems else "name files or folders to import, or --source brain")
     volumes = itertools.chain.from_iterable(formats.read(item) for item in items)
-    return itertools.chain(volumes, [formats.brain()] if brain else []), problems
+    volumes = itertools.chain(volumes, [formats.brain()] if brain else [])
+    return (middle(volume, slices) for volume in volumes), problems
 
 
 def training_volumes(jobs, problems, least, everything=False):
@@ -200,16 +212,17 @@ def training_volumes(jobs, problems, least, everything=False):
 def training_runs(slices, share, rng):
     """What to train on of (S,H,W): [(s,h,w)], all if that is at most `share` pixels, else evenly spaced runs of slices.
 
-    A run has 8 neighbouring slices, or as many as the share allows. If one slice is too many, each has a window: of
-    eight at random places, the one that varies most. Its sides have WINDOW pixels, or more if the share allows.
+    A run has 5 to 8 neighbouring slices, if the volume has them: neighbours are worth more than other volumes. If one
+    slice is too many, each has a window: of eight at random places, the one that varies most. Its sides have WINDOW
+    pixels, or more if the share allows.
     """
     count, (h, w) = len(slices), slices.shape[1:]
     if slices.size <= share:
         return [slices]
     side = max(WINDOW, int(share**0.5)) if share < h * w else max(h, w)
     most = max(1, int(share) // (min(side, h) * min(side, w)))
-    length = min(most, count, 8)
-    starts = np.unique(np.linspace(0, count - length, max(1, min(most, count) // length)).round().astype(int))
+    length = min(count, max(5, min(most, 8)))
+    starts = np.unique(np.linspace(0, count - length, max(1, most // length)).round().astype(int))
     runs = [slices[first : first + length] for first in starts]
     # corners at multiples of 8, so that the 8x8 blocks of a JPEG start at the edge of the window
     corners = [[8 * int(rng.integers(max(n - side, 0) // 8 + 1)) for n in (h, w)] for _ in range(8)]

@@ -57,7 +57,9 @@ def test_sections(made, tmp_path):
     found = json.loads((tmp_path / "bench.json").read_text())
     rows = {row["method"]: row for row in found["student"]}
     assert "| wavelet |" in said and all(row["ms_512"] > 0 for row in rows.values())
-    x, pred = data.read_volumes(made / "knee.h5", "clean", "test"), data.read_volumes(made / "distill_out.h5", "pred")
+    applied = ["--predict", "--data", made / "knee.h5", "--model", made / "student.pt", "--out", "out.h5"]
+    ok("distill", *applied, cwd=tmp_path)
+    x, pred = data.read_volumes(made / "knee.h5", "clean", "test"), data.read_volumes(tmp_path / "out.h5", "pred")
     mse = [np.square(x["v1"][s] - pred["v1"][s]).mean() for s in range(2)]
     assert rows["student"]["psnr"] == pytest.approx(np.mean(-10 * np.log10(mse)), abs=0.05)
     assert min(rows[name]["psnr"] for name in rows if name != "student") > 30

@@ -162,7 +162,7 @@ def test_full_disk(scans, student, monkeypatch):
 
 
 def test_a_large_folder_is_trained_on_in_part(tmp_path, monkeypatch):
-    """Of each file a window, of all so many pixels; normalised as the whole volume is. With --std, everything."""
+    """Of each file a window with its neighbours, of all so many pixels; normalised as the whole. --std: everything."""
     monkeypatch.setattr(files, "WINDOW", 40)
     monkeypatch.setattr(files, "PIXELS", 12_000)
     (tmp_path / "scans").mkdir()
@@ -176,11 +176,11 @@ def test_a_large_folder_is_trained_on_in_part(tmp_path, monkeypatch):
     windows, attrs = data.read_volumes(tmp_path / "windows.h5"), data.read_attrs(tmp_path / "windows.h5")[1]
     complete = data.read_volumes(tmp_path / "all.h5")
     assert not problems and len(complete) == 30 and complete["00000-0"].shape == (3, 64, 50)
-    assert 12_000 <= sum(v.size for v in windows.values()) < 12_000 + 40 * 40
+    assert 12_000 <= sum(v.size for v in windows.values()) < 12_000 + 3 * 40 * 40
     for name, volume in windows.items():
-        assert volume.shape == (1, 40, 40) and attrs[name]["scale"] == 1000 and attrs[name]["offset"] == 0
+        assert volume.shape == (3, 40, 40) and attrs[name]["scale"] == 1000 and attrs[name]["offset"] == 0
         stack = np.lib.stride_tricks.sliding_window_view(complete[name], (40, 40), (1, 2))
-        assert any(np.array_equal(volume[0], stack[s, i, j]) for s, i, j in np.ndindex(stack.shape[:3]))
+        assert any(np.array_equal(volume, stack[:, i, j]) for i, j in np.ndindex(stack.shape[1:3]))
 
 
 def test_many_small_images_are_trained_on(tmp_path, monkeypatch):
@@ -199,9 +199,20 @@ def test_one_large_image_is_trained_on_where_it_varies(monkeypatch):
     monkeypatch.setattr(files, "WINDOW", 32)
     image = np.zeros((1, 200, 300), np.uint16)
     image[:, 100:, 200:] = np.random.default_rng(0).integers(0, 9, (1, 100, 100))
-    assert files.training_window(image, image.size, runtime.step_rng(0)) is image
-    got = files.training_window(image, 6400, runtime.step_rng(0))
+    assert files.training_runs(image, image.size, runtime.step_rng(0))[0] is image
+    (got,) = files.training_runs(image, 6400, runtime.step_rng(0))
     assert got.shape == (1, 80, 80) and got.std() > 0
+
+
+def test_a_large_volume_is_trained_on_in_runs_of_neighbours():
+    """Evenly over the volume, 8 slices at a time, or 5 where the share allows less."""
+    volume = np.arange(100, dtype=np.uint16)[:, None, None] * np.ones((1, 32, 32), np.uint16)
+    for share, lengths in ((32 * 1024, [8] * 4), (3 * 1024, [5])):
+        runs = files.training_runs(volume, share, runtime.step_rng(0))
+        assert [len(run) for run in runs] == lengths
+        assert all((np.diff(run[:, 0, 0]) == 1).all() for run in runs)
+    first = [int(run[0, 0, 0]) for run in files.training_runs(volume, 32 * 1024, runtime.step_rng(0))]
+    assert first == [0, 31, 61, 92]
 
 
 @pytest.mark.parametrize("size", [(300, 130), (97, 400), (64, 64)])
