@@ -23,7 +23,7 @@ def test_demo_and_its_resume(tmp_path):
         "student",
         "supervised",
     ]
-    assert abs(results["noisy"]["psnr"] - 32.57) < 0.03 and results["noisy"]["n"] == 3
+    assert abs(results["noisy"]["psnr"] - 32.57) < 0.06 and results["noisy"]["n"] == 3
     assert abs(results["blind-spot network"]["leak"]) < 0.01
     assert results["SRDS pair, 25 steps"]["psnr"] > results["one sample, 25 steps"]["psnr"]
     assert (tmp_path / "demo/report.png").stat().st_size > 10_000 and "Highest PSNR: " in first
