@@ -77,7 +77,7 @@ def test_full_run_is_kept_and_any_edit_shows(folder, capsys):
         (lambda n: n.cells[1].metadata.clear(), "0 cells are tagged"),
         (lambda n: n.cells[2].update(execution_count=5), "not executed from first to last"),
         (lambda n: n.cells[2].update(outputs=[nbformat.v4.new_output("error", ename="A")]), "shows an error"),
-        (lambda n: n.cells[2].update(outputs=[nbformat.v4.new_output("stream", text="x" * 400_000)]), "bytes, more"),
+        (lambda n: n.cells[2].update(outputs=[nbformat.v4.new_output("stream", text="x" * 450_000)]), "bytes, more"),
         (lambda n: n.cells[2].update(source="n\n" * 26), "code cell 2 has 26 lines, more than 25"),
     ],
 )
