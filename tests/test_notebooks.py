@@ -120,6 +120,21 @@ def test_a_claim_that_does_not_hold_is_a_line_and_the_others_still_run(folder, c
     assert said(capsys, folder, "--short", "a")[0] == 1  # in a short run as well
 
 
+def test_claims_of_a_full_training_bind_full_runs_alone(folder, capsys):
+    make(folder / "good.ipynb", "assert n == 2, 'too little training'")
+
+    def tag(notebook):
+        notebook.cells[2].metadata["tags"] = ["claims"]
+
+    assert said(capsys, folder, "--short")[0] == 1
+    edited(folder / "good.ipynb", tag)
+    assert said(capsys, folder, "--short")[0] == 0 == said(capsys, folder)[0]  # n is 7, then 2
+    for code in ("assert n == 7", "1 / (n - 7)"):
+        make(folder / "good.ipynb", code)
+        edited(folder / "good.ipynb", tag)
+        assert said(capsys, folder, *(["--short"] if "/" in code else []))[0] == 1
+
+
 def test_wrong_names(folder):
     with pytest.raises(ValueError, match="does not exist"):
         notebooks.main(["missing"], folder)
