@@ -13,12 +13,15 @@
 
 It runs the stages one after the other and prints, before each, the command that would do the same. Recipes:
 
-    recorrupted   the noise is measured with the help of a blind-spot network and the posterior update; the student
-                  learns from the noisy images and from more of that noise, by recorruption
-    paper         blind-spot network, diffusion, SRDS, student of the SRDS mean: Demir, Liu et al.; needs no noise model
-    auto          recorrupted, or paper if the images were stored as JPEG: no noise model holds for those (default)
+    tuned     a network of weights/, trained on synthetic volumes alone, denoises at once; with its help the noise is
+              measured again, and the network goes on learning from your images by recorruption. Of the two, and of the
+              images as they are, the one of least estimated error is kept. --instant stops before the learning
+    scratch   a new student by recorruption; the noise is measured with a blind-spot network and the posterior update
+    paper     blind-spot network, diffusion, SRDS, student of the SRDS mean: Demir, Liu et al.; needs no noise model
+    auto      tuned; paper if the images were stored as JPEG, for which no noise model holds; scratch for what only it
+              has: --std, and --context other than 0 and 2 (default)
 
---rounds N repeats the recipe from its own result (the paper's Table 4): the denoised images are the next round's
+--rounds N repeats scratch or paper from its own result (the paper's Table 4): the denoised images are the next round's
 condition, or the prediction with which the noise is measured again.
 
 Up to 64 million pixels of the image files are trained on, chosen at random, and all of them with --std; every file is
@@ -61,11 +64,12 @@ class Stages:
     effort. digest: says which data it is, anything that JSON can hold.
     """
 
-    sampling = ()  # flags for srds.py
+    sampling, instant = (), False  # flags for srds.py; whether nothing is to be trained
 
     def __init__(self, folder, dataset, args, digest=None):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.data, self.args, self.changed = folder, ["--data", str(dataset)], args, False
+        self.folder, self.data, self.args = folder, ["--data", str(dataset)], args
+        self.changed, self.made = False, set()  # whether a stage has run, and what this process has made
         self.record = folder / "stages.json"
         self.done = json.loads(self.record.read_text()) if self.record.exists() else {}
         if self.done.get("data") != digest:
@@ -91,10 +95,11 @@ class Stages:
         """Calls action(argv) unless that was done before; `model` is a checkpoint whose training can be resumed."""
         began, processor = time.monotonic(), time.process_time()
         known = self.done.get(out, {})
-        same = known.get("argv") == argv and not self.changed
+        same = known.get("argv") == argv and (not self.changed or out in self.made)
         if same and known["seconds"] is not None and all((self.folder / name).exists() for name in (out, model or out)):
             return out
         self.changed = True  # whatever follows is made anew
+        self.made.add(out)
         if model and not same:  # a model of other flags or inputs must not be resumed
             for path in (self.folder / model, training.partial_path(self.folder / model)):
                 path.unlink(missing_ok=True)
@@ -110,16 +115,16 @@ class Stages:
             temporary.write_text(json.dumps(self.done, indent=1) + "\n")
 
     def training_flags(self, module):
-        preset = module.PRESETS["fast"]
-        steps = max(1, round(self.args.effort * preset["steps"]))
-        flags = ["--steps", steps, "--crop", min(preset["crop"], self.smallest_side()), *self.common]
+        steps = max(1, round(self.args.effort * module.PRESETS["fast"]["steps"]))
+        flags = ["--steps", steps, "--crop", self.crop(module), *self.common]
         context = getattr(self.args, "context", "auto")
         return flags if context == "auto" else [*flags, "--context", context]
 
-    def smallest_side(self):
-        """The shortest side of an image, pixels: no crop can be larger."""
+    def crop(self, module):
+        """The side of the crops that a stage trains on, pixels: no larger than the smallest image."""
         with data.open_file(self.data[1]) as file:
-            return min(min(group["noisy"].shape[1:]) for group in file["volumes"].values())
+            smallest = min(min(group["noisy"].shape[1:]) for group in file["volumes"].values())
+        return min(module.PRESETS["fast"]["crop"], smallest)
 
     def measure_noise(self, out, *flags):
         """Measures the noise of the dataset; `noise_file` is the latest measurement. Returns the noise model."""
@@ -130,12 +135,57 @@ class Stages:
 # ---------------------------------------------------------------------------------------------------------------
 # recipes: the names that they pass on are those of files in the folder
 # ---------------------------------------------------------------------------------------------------------------
+WEIGHTS = {k: Path(__file__).with_name("weights") / name for k, name in ((0, "images.pt"), (2, "volumes.pt"))}
+TUNING_STEPS, TUNING_RATE = 1500, 1e-3
+
+
 def blind_spot_estimate(stages):
     """A first estimate of the images, by a network with the blind spot that their noise asks for. Returns its file."""
     noise_model = stages.measure_noise("noise_first.json")
     flags = ["--blind-spot", noise_model["blind_spot"]]
     flags += ["--hole", "all"] if any(noise_model["through"]) else []
     return stages.train(bsn, *flags, out="bsn_out.h5", model="bsn.pt")
+
+
+def tuned_recipe(stages):
+    """From a shipped network: it, what it becomes by learning from the noisy images, or the images as they are.
+
+    best.json has the estimated PSNR of each. Returns (images, student) as the others.
+    """
+    few = ["--ensemble", 1]
+
+    def learn(start, noise_file, steps, *flags, name):
+        known = ["--target", "recorrupted", "--noise", noise_file, "--init", start, "--steps", steps]
+        return stages.run(
+            distill, *stages.data, *known, *flags, *stages.common, out=f"{name}_out.h5", model=f"{name}.pt"
+        )
+
+    stages.measure_noise("noise_first.json")
+    first = learn(shipped(stages), stages.path("noise_first.json"), 0, *few, name="instant")
+    stages.measure_noise("noise.json", "--pred", stages.path(first))
+    start, known = stages.path("instant.pt"), stages.path("noise.json")
+    students = {"shipped network": start}
+    if not stages.instant:
+        steps = max(1, round(stages.args.effort * TUNING_STEPS))
+        learn(start, known, steps, "--crop", stages.crop(distill), "--lr", TUNING_RATE, name="tuned")
+        students["tuned network"] = stages.path("tuned.pt")
+    flags = ["--no-reference", *stages.data, "--split", "all", "--noise", known, "--json", stages.path("best.json")]
+    flags += ["--model", *(f"{name}={path}" for name, path in students.items())]
+    stages.once(evaluate.main, flags, "best.json", f"python evaluate.py {shlex.join(flags)}")
+    found = json.loads((stages.folder / "best.json").read_text())
+    best = max(found, key=lambda name: found[name]["psnr"])
+    print(f"denoise: kept the {best}: estimated PSNR {found[best]['psnr']:.2f} dB", flush=True)
+    if best == "tuned network":
+        return "tuned_out.h5", "tuned.pt"
+    learn(start, "none" if best == "noisy" else known, 0, *(few if stages.instant else []), name="shipped")
+    return "shipped_out.h5", "shipped.pt"
+
+
+def shipped(stages):
+    """Path of the network in weights/ for the dataset: for volumes, or for single images."""
+    noisy = data.read_volumes(stages.data[1], "noisy")
+    context = data.choose_context(getattr(stages.args, "context", "auto"), noisy, "denoise")
+    return WEIGHTS[context]
 
 
 def recorrupted_recipe(stages, estimate, rounds=1):
@@ -173,17 +223,31 @@ def sample(stages, estimate, model, out, *flags):
     return stages.run(srds, *condition, *stages.sampling, *flags, *stages.common, out=out)
 
 
-RECIPES = {"recorrupted": recorrupted_recipe, "paper": paper_recipe}
+RECIPES = {"scratch": recorrupted_recipe, "paper": paper_recipe}
+
+
+def choose_recipe(stages, recipe):
+    """The recipe to run: the one asked for or, for `auto`, the one that suits; says which, and why."""
+    if recipe != "auto":
+        return recipe
+    recipe, why = "tuned", ""
+    if stages.measure_noise("noise_first.json")["compressed"]:
+        recipe, why = "paper", ": the images were stored as JPEG"
+    elif getattr(stages.args, "std", False):
+        recipe, why = "scratch", ": only its posterior update knows the uncertainty (--std)"
+    elif getattr(stages.args, "context", "auto") not in ("auto", *WEIGHTS):
+        recipe, why = "scratch", f": weights/ has networks of context {' and '.join(map(str, WEIGHTS))}"
+    print(f"denoise: recipe {recipe}{why}", flush=True)
+    return recipe
 
 
 def train(stages, recipe, rounds):
     """Runs a recipe; leaves denoised.h5 and student.pt in the folder. Returns the name of the recipe that was run."""
-    estimate = blind_spot_estimate(stages)
-    if recipe == "auto":
-        compressed = json.loads((stages.folder / stages.noise_file).read_text())["compressed"]
-        recipe = "paper" if compressed else "recorrupted"
-        print(f"denoise: recipe {recipe}{': the images were stored as JPEG' if compressed else ''}", flush=True)
-    images, student = RECIPES[recipe](stages, estimate, rounds)
+    recipe = choose_recipe(stages, recipe)
+    if recipe == "tuned":
+        images, student = tuned_recipe(stages)
+    else:
+        images, student = RECIPES[recipe](stages, blind_spot_estimate(stages), rounds)
     for made, kept in ((images, "denoised.h5"), (student, "student.pt")):
         with runtime.atomic_write(stages.folder / kept) as temporary:
             shutil.copyfile(stages.folder / made, temporary)
@@ -208,6 +272,7 @@ def train_on_files(args, jobs, work, problems):
     """Makes a dataset of the image files and trains on it. Returns (stages, name of the recipe)."""
     dataset, crop = work / "dataset.h5", bsn.PRESETS["fast"]["crop"]
     stages = Stages(work, dataset, args, [job.digest for job in jobs])
+    stages.instant = args.instant
 
     def write(argv):
         volumes = files.training_volumes(jobs, problems, crop, args.std)
@@ -224,17 +289,17 @@ def denoise_files(args):
     if args.model and args.std:
         raise ValueError("--std comes from the posterior update of a training run: a student alone does not know it")
     model_path = Path(args.model) if args.model else out / "diffdenoise" / "student.pt"
-    options = args.device, args.precision, args.memory, args.ensemble or (1 if args.model else 8)
+    options = args.device, args.precision, args.memory, args.ensemble or (1 if args.model or args.instant else 8)
     student = distill.student(model_path, *options) if args.model else None
     jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, args.std)
     work = out / "diffdenoise"
     work.mkdir(parents=True, exist_ok=True)
     if not args.model:
         stages, recipe = train_on_files(args, jobs, work, problems)
-        if args.std and recipe == "recorrupted":
+        if args.std and recipe == "scratch":
             std = deviations(work)
         elif args.std:
-            problems.append("--std: only the recipe recorrupted knows the uncertainty, by its posterior update")
+            problems.append("--std: only the recipe scratch knows the uncertainty, by its posterior update")
         student = distill.student(model_path, *options)
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}"
     written, kept = files.denoise_files(jobs, student, method, work, problems, args.force, std)
@@ -274,7 +339,8 @@ def main(argv=None):
     p.add_argument("--demo", action="store_true", help="the built-in brain, both recipes, and a table")
     p.add_argument("--out", help="folder for everything (default demo with --demo, else denoised)")
     p.add_argument("--model", help="student (.pt) to apply to the files: nothing is trained")
-    p.add_argument("--recipe", choices=("auto", *RECIPES), default="auto", help="default auto")
+    p.add_argument("--recipe", choices=("auto", "tuned", *RECIPES), default="auto", help="default auto")
+    p.add_argument("--instant", action="store_true", help="recipe tuned without its training: seconds, not minutes")
     p.add_argument("--rounds", type=runtime.positive, default=1, help="repeat from the last result (default 1)")
     p.add_argument("--effort", type=float, default=1.0, help="multiplies the training steps of each stage (default 1)")
     training.context_flag(p)
@@ -289,6 +355,8 @@ def main(argv=None):
         raise ValueError("give image files or folders, or --data, or --demo")
     if args.data and (args.model or args.std or args.force or args.key or args.acquisition):
         raise ValueError("--model, --std, --force, --key and --acquisition are for image files, not for --data")
+    if args.instant and (args.model or args.std or args.recipe not in ("auto", "tuned")):
+        raise ValueError("--instant is for the recipe tuned, without --model and --std")
     if not args.effort > 0:
         raise ValueError(f"--effort {args.effort:g} is not positive")
     args.out = args.out or ("demo" if args.demo else "denoised")
@@ -300,6 +368,7 @@ def main(argv=None):
     if args.inputs:
         return denoise_files(args)
     stages = Stages(Path(args.out), args.data, args, data.fingerprints(args.data))
+    stages.instant = args.instant
     train(stages, args.recipe, args.rounds)
     report(stages)
 

@@ -6,9 +6,8 @@ It learns from any prediction (knowledge distillation) or, beyond the paper, fro
     --target recorrupted   distance to the clean image, estimated without it by recorruption (`recorruption_loss`)
     --target clean         distance to the clean image: the supervised upper bound
 
-Medical images are volumes. With --context K the student sees K slices on each side of the one that it denoises, as
-further channels. Their noise helps as long as it is independent from slice to slice; where it is not, recorruption
-adds noise with the same correlation to all of them (`recorruption_loss`). K is remembered by the checkpoint.
+With --context K the student sees K slices on each side of the one that it denoises, as further channels. Where their
+noise is not independent, recorruption adds noise with the same correlation to all of them (`recorruption_loss`).
 
     In    knee.h5         volumes/<name>/noisy  (S,H,W) float32, about [0,1]
           srds_out.h5     volumes/<name>/pred   (S,H,W) float32; any prediction file made from knee.h5
@@ -23,11 +22,11 @@ adds noise with the same correlation to all of them (`recorruption_loss`). K is 
 Symbols: y is the noisy image (the paper's x'), target the SRDS mean (Eq. 4). Networks, all deterministic:
 
     --arch nafnet    NAFNet (Chen et al. 2022), the paper's choice; `--preset paper` has its widths, depths, loss and
-                     optimizer for SIDD, `--preset nafnet` is as small as `fast`. Its channel attention pools over the
-                     whole image; when an image is larger than the training crop it pools over a window of 1.5 crops
-                     around each pixel instead (TLC, Chu et al. 2022), so that the statistics stay those of training
-    --arch resunet   dense 3x3 convolutions at half resolution, nothing else: what processors are best at. After equal
-                     seconds of training it is the better one, and denoises in less than half the time (`--preset fast`)
+                     optimizer for SIDD, `--preset nafnet` is as small as `fast`. In images larger than the training
+                     crop its channel attention pools over 1.5 crops around each pixel (TLC, Chu et al. 2022)
+    --arch resunet   dense 3x3 convolutions at half resolution, nothing else: what processors are best at (`fast`)
+    --arch told      a ResUNet that is told the noise model: one network for all levels. weights/ has such networks,
+                     trained on synthetic volumes alone, to start from (--init) or to use as they are
 """
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -106,11 +105,10 @@ class NAFNet(nn.Module):
         channels: of the image. width: features at the first level, doubled at each next one.
         enc_blocks, middle_blocks, dec_blocks: blocks per level; each level halves the resolution.
         context: how many neighbouring slices on each side come along as channels, the slice itself in the middle.
-    Maps (B,C*(2*context+1),H,W) to (B,C,H,W), any H and W >= 16. Raises ValueError if the ways down and up differ in
-    levels.
+    Maps (B,C*(2*context+1),H,W) to (B,C,H,W), any H and W >= 16. Raises ValueError if levels down and up differ.
     """
 
-    block, patch = NAFBlock, 1  # patch x patch pixels become channels
+    block, patch, facts = NAFBlock, 1, 0  # patch x patch pixels become channels; facts: further channels
 
     def __init__(
         self, channels=1, width=32, enc_blocks=(2, 2, 4, 8), middle_blocks=12, dec_blocks=(2, 2, 2, 2), context=0
@@ -120,7 +118,7 @@ class NAFNet(nn.Module):
             raise ValueError(f"enc_blocks {enc_blocks} and dec_blocks {dec_blocks} differ in their number of levels")
         widths = [width * 2**level for level in range(len(enc_blocks) + 1)]
         self.own = slice(context * channels, (context + 1) * channels)  # the channels of the slice itself
-        self.intro = nn.Conv2d((2 * context + 1) * channels * self.patch**2, width, 3, padding=1)
+        self.intro = nn.Conv2d(((2 * context + 1) * channels + self.facts) * self.patch**2, width, 3, padding=1)
         self.encoders = nn.ModuleList(stack(self.block, w, n) for w, n in zip(widths, enc_blocks))
         self.downs = nn.ModuleList(nn.Conv2d(w, 2 * w, 2, stride=2) for w in widths[:-1])
         self.middle = stack(self.block, widths[-1], middle_blocks)
@@ -138,6 +136,9 @@ class NAFNet(nn.Module):
         return self
 
     def forward(self, y):
+        return y[:, self.own] + self.residual(y)
+
+    def residual(self, y):
         h, w = y.shape[-2:]
         unit = self.patch * 2 ** len(self.encoders)
         x = F.pad(y, (0, -w % unit, 0, -h % unit), mode="replicate")
@@ -149,13 +150,44 @@ class NAFNet(nn.Module):
         x = self.middle(x)
         for up, decoder in zip(self.ups, self.decoders):
             x = decoder(F.pixel_shuffle(up(x), 2) + skips.pop())
-        return y[:, self.own] + F.pixel_shuffle(self.outro(x), self.patch)[..., :h, :w]
+        return F.pixel_shuffle(self.outro(x), self.patch)[..., :h, :w]
 
 
 class ResUNet(NAFNet):
     """The same U shape of DenseBlocks, on 2x2 pixels as channels; width: features at half resolution."""
 
     block, patch = DenseBlock, 2
+
+
+class ToldResUNet(ResUNet):
+    """A ResUNet that is told the noise: it sees images in units of the noise level, and six facts as further channels.
+
+    The facts are the noise's deviation at each pixel, as a share of the level, which the noise level function gives at
+    the smoothed image, and five correlations. So one network serves all levels, and goes on learning from where another
+    one stopped. Buffer `law` (1,9), in the checkpoint: variance [a, b, c] and level, in units of the images, and the
+    correlations with the pixel 1 along rows, columns and diagonals, 2 along rows and columns, and one slice away. At
+    level 0 images stay what they are.
+    """
+
+    facts = 6
+
+    def __init__(self, channels=1, **arguments):
+        super().__init__(channels, **arguments)
+        self.register_buffer("law", torch.tensor([[0.02**2, 0, 0, 0.02, 0, 0, 0, 0, 0]]))
+
+    def forward(self, y, law=None, gain=1.0):
+        """law: (B,9), instead of the buffer. gain: (B,1,H,W), by how much the noise is stronger than the law says."""
+        law = self.law if law is None else law
+        a, b, c, level = law[:, :4, None, None, None].unbind(1)
+        x = y[:, self.own].float()
+        for _ in range(2):
+            x = F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
+        x = x.clamp(min=0)
+        unit = level.clamp(min=1e-5)
+        deviation = (a + b * x + c * x**2).clamp(min=1e-12).sqrt() * gain / unit
+        correlations = law[:, 4:, None, None].expand(len(y), -1, *y.shape[-2:])
+        told = torch.cat([0.1 * y / unit, deviation.clamp(1 / 8, 8).log(), correlations], 1)
+        return y[:, self.own] + level * self.residual(told)
 
 
 def mse_loss(x, target):
@@ -182,10 +214,9 @@ def recorruption_loss(network, y, z, strength=0.3):
         mean of |f(y + az) - y|^2 and |f(y - az) - y|^2, plus z * (f(y + az) - f(y - az)) / a
 
     The large terms in 1/a cancel. So a can be small, and f sees nearly the noise that it will see in use; in the limit
-    of a = 0 this is Stein's unbiased risk estimate (SURE). It takes two evaluations of the network.
-
-    The target is the middle slice. The estimate is unbiased because the noise of all that f sees is uncorrelated with
-    that of the target y - z / a: so neighbours with independent noise may stay as they are.
+    of a = 0 this is Stein's unbiased risk estimate (SURE). The target is the middle slice; neighbours with independent
+    noise may stay as they are, for what makes the estimate unbiased is that the noise of all that f sees is
+    uncorrelated with that of the target y - z / a.
     """
     beside = (y.shape[1] - z.shape[1]) // 2
     added = F.pad(strength * z, (0, 0, 0, 0, beside, beside))
@@ -208,20 +239,13 @@ def mean_over_symmetries(function, y):
 # ---------------------------------------------------------------------------------------------------------------
 # train and predict
 # ---------------------------------------------------------------------------------------------------------------
-import logging
-import warnings
-
-import numpy as np
-from scipy.ndimage import gaussian_filter
-
 import data
 import measure
 import noise
 from lib import runtime, training
 
 LOSSES = {"mse": mse_loss, "psnr": psnr_loss}
-NETWORKS = {"nafnet": NAFNet, "resunet": ResUNet}
-PRESET_NAMES = ("fast", "nafnet", "paper")
+NETWORKS = {"nafnet": NAFNet, "resunet": ResUNet, "told": ToldResUNet}
 SETTINGS = {  # what it sets, its value in fast, in nafnet (as small as fast), in paper: NAFNet's for SIDD at width 32
     "arch": ("network", "resunet", "nafnet", "nafnet"),
     "width": ("features at the first level", 32, 16, 32),
@@ -238,7 +262,7 @@ SETTINGS = {  # what it sets, its value in fast, in nafnet (as small as fast), i
     "clip": ("largest gradient norm", 1.0, 1.0, 0.01),
     "ema": ("decay per step of the averaged weights", 0.995, 0.995, 0.999),
 }
-PRESETS = training.presets(PRESET_NAMES, SETTINGS)
+PRESETS = training.presets(("fast", "nafnet", "paper"), SETTINGS)
 SHAPE = ("arch", "width", "enc_blocks", "middle_blocks", "dec_blocks")  # with `context`, the `model_args`
 
 
@@ -274,33 +298,33 @@ def load_noise_model(args, checkpoint):
         raise ValueError(f"--strength {args.strength:g} is not positive")
     if checkpoint:
         return checkpoint["extra"]["noise"]
-    return measure.load_noise_model(args.noise, args.data, args.pred)
+    return measure.load_noise_model(args.noise or "measured", args.data, args.pred)
 
 
-def draw_noise(noise_model, y, prediction, rngs):
-    """Fresh noise like y of the model for noisy crops y (B,S,H,W) of S slices; rngs: a numpy Generator for each crop.
-
-    The intensities that it depends on are those of the prediction, or else of the smoothed noisy image.
-    """
-    means = gaussian_filter(y.numpy(), (0, 0, 1.5, 1.5)) if prediction is None else prediction.numpy()
-    drawn = [noise.sample(noise_model, mean, rng, crop) for mean, rng, crop in zip(means, rngs, y.numpy())]
-    return torch.from_numpy(np.stack(drawn))
+def tell(network, noise_model, noisy):
+    """Tells a ToldResUNet the noise of {name: (S,H,W)}; leaves other networks alone. Raises ValueError without it."""
+    if isinstance(network, ToldResUNet):
+        if not noise_model:
+            raise ValueError("--arch told must be told the noise: it learns by --target recorrupted")
+        network.law.copy_(torch.from_numpy(noise.facts(noise_model, noisy)))
 
 
-def start_network(args, checkpoint, noisy):
+def start_network(args, checkpoint, noisy, noise_model):
     """(network, model_args): of the checkpoint, of --init, or a new one with the --context that suits the images."""
     if checkpoint:
         return build_network(**checkpoint["model_args"]), checkpoint["model_args"]
     if args.init:
         network, start = training.load_network(build_network, args.init, "distill", "cpu")
-        context = start["model_args"].get("context", 0)
+        model_args, context = start["model_args"], start["model_args"].get("context", 0)
         if args.context not in ("auto", context):
             raise ValueError(f"--context {args.context}: {args.init} was trained with {context}")
         data.choose_context(context, noisy)
-        return network.train(), start["model_args"]
-    model_args = {k: getattr(args, k) for k in SHAPE}
-    model_args["context"] = data.choose_context(args.context, noisy, "distill")
-    return build_network(**model_args), model_args
+    else:
+        model_args = {k: getattr(args, k) for k in SHAPE}
+        model_args["context"] = data.choose_context(args.context, noisy, "distill")
+        network = build_network(**model_args)
+    tell(network, noise_model, noisy)
+    return network.train(), model_args
 
 
 def train(args, checkpoint=None):
@@ -314,7 +338,7 @@ def train(args, checkpoint=None):
     stacks, inputs = read_training_set(args, noise_model)
     data.check_crop(stacks[0], args.crop)
     torch.manual_seed(args.seed)
-    network, model_args = start_network(args, checkpoint, stacks[0])
+    network, model_args = start_network(args, checkpoint, stacks[0], noise_model)
     extra, context = dict(crop=args.crop, noise=noise_model), model_args.get("context", 0)
     run = training.Training("distill", args, checkpoint, network, model_args=model_args, extra=extra, inputs=inputs)
     joint = noise_model and any(noise_model.get("through", ()))  # the noise of the neighbours is not independent
@@ -324,37 +348,40 @@ def train(args, checkpoint=None):
         if noise_model:
             rngs = [run.rng(step, 1, j) for j in range(run.rank, args.batch, run.world)]
             recorrupted = y if joint else y[:, context, None]
-            more = [draw_noise(noise_model, recorrupted, more[0] if more else None, rngs)]
+            more = [noise.sample_like(noise_model, recorrupted, more[0] if more else None, rngs)]
         y, target = run.to_device(y, *more)  # with a noise model the target is y itself, and this the noise z
         with run.autocast():
             if noise_model:
                 loss = recorruption_loss(run.net, y, target, args.strength)
             else:
                 loss = LOSSES[args.loss](run.net(y).float(), target)
-        run.update(loss)
+        run.update(loss, mse=loss / 100 - target.square().mean() if noise_model else None)
 
 
 def tiling(checkpoint, memory):
     """(side, overlap) of tiles in pixels, multiples of 32, such that the network takes a third of `memory` bytes.
 
-    The overlap is two training crops: NAFNet's attention has a window of 1.5 crops, and the features reach beyond.
+    The overlap is two training crops: NAFNet's attention reaches 1.5 crops, and the features beyond.
     """
-    factor = {"nafnet": 50, "resunet": 10}[checkpoint["model_args"].get("arch", "nafnet")]  # measured, float32
+    factor = 50 if checkpoint["model_args"].get("arch", "nafnet") == "nafnet" else 10  # measured, float32
     bytes_per_pixel = factor * checkpoint["model_args"]["width"]
     overlap = -(-2 * checkpoint["extra"]["crop"] // 32) * 32
     return max(2 * overlap + 128, int((memory / 3 / bytes_per_pixel) ** 0.5) // 32 * 32), overlap
 
 
-def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1):
+def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, told=None):
     """The denoiser that a checkpoint holds: callable, (B,2k+1,H,W) noisy to (B,1,H,W) denoised, both on the CPU.
 
     Its attribute `context` is k, the slices on each side that it sees. ensemble: 8 for the mean over the flips and
     quarter turns of the image. Large images go through in tiles: a run takes about `memory` bytes beside its start.
+    told: (noise model, {name: (S,H,W) noisy}), for a network of weights/, which must be told what it will see.
     """
     device = runtime.pick_device(device)
     network, checkpoint = training.load_network(build_network, path, "distill", device)
-    if not isinstance(checkpoint.get("extra", {}).get("crop"), int):
-        raise ValueError(f"{path} does not say on what crops it was trained")
+    if told:
+        tell(network, *told)
+    elif isinstance(network, ToldResUNet) and not checkpoint["extra"].get("noise"):
+        raise ValueError(f"{path} must be told the noise: give --noise")
     network.pool_locally(checkpoint["extra"]["crop"])
     side, overlap = tiling(checkpoint, memory)
 
@@ -375,8 +402,9 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1):
 
 def predict(args):
     """Writes the student's output for every volume of args.data, with the EMA weights of args.model, to args.out."""
-    denoise = student(args.model, args.device, args.precision, ensemble=args.ensemble)
     noisy = data.read_volumes(args.data, "noisy", args.split, data.TO_PREDICT)
+    told = args.predict and args.noise and (measure.load_noise_model(args.noise, args.data, args.pred), noisy)
+    denoise = student(args.model, args.device, args.precision, ensemble=args.ensemble, told=told)
     data.choose_context(denoise.context, noisy)
     keep = dict(context=denoise.context)
     data.write_predictions(args, "distill", args.data, noisy, lambda y, *_: denoise(y), **keep)
@@ -384,27 +412,10 @@ def predict(args):
 
 def export(path, out):
     """Writes the student of a checkpoint as ONNX: `noisy` (B,2k+1,H,W) to `denoised` (B,1,H,W), from 16x16 up."""
-    try:
-        import onnxscript  # noqa: F401  what torch.onnx writes with
-    except ImportError:
-        raise ValueError("--export needs the package onnxscript: pip install onnxscript") from None
     network, checkpoint = training.load_network(build_network, path, "distill", "cpu")
-    crop = checkpoint["extra"]["crop"]
-    network = network.pool_locally(crop).to(memory_format=torch.contiguous_format)
-    channels = 2 * checkpoint["model_args"].get("context", 0) + 1
-    y = torch.rand(2, channels, 2 * crop + 8, 2 * crop + 40)  # larger than the window of the attention
-    logging.disable(logging.WARNING)  # torch tells of packages that it could use
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            free = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-            program = torch.export.export(network, (y,), dynamic_shapes=(free,))
-            names = dict(input_names=["noisy"], output_names=["denoised"])
-            made = torch.onnx.export(program, dynamo=True, verbose=False, **names)
-    finally:
-        logging.disable(logging.NOTSET)
-    with runtime.atomic_write(out) as temporary:
-        made.save(temporary)
+    crop, context = checkpoint["extra"]["crop"], checkpoint["model_args"].get("context", 0)
+    y = torch.rand(2, 2 * context + 1, 2 * crop + 8, 2 * crop + 40)  # larger than the window of the attention
+    training.export_onnx(network.pool_locally(crop), y, out, ["noisy"], ["denoised"])
     print(f"distill: {path} -> {out}", flush=True)
 
 
@@ -412,10 +423,10 @@ def export(path, out):
 # command
 # ---------------------------------------------------------------------------------------------------------------
 def main(argv=None):
-    p = training.training_parser(__doc__, PRESET_NAMES, SETTINGS, dict(arch=NETWORKS, loss=LOSSES), "student.pt")
+    p = training.training_parser(__doc__, tuple(PRESETS), SETTINGS, dict(arch=NETWORKS, loss=LOSSES), "student.pt")
     p.add_argument("--data", help="dataset (.h5)")
     p.add_argument("--target", help="prediction file (.h5) to learn from; `recorrupted`; or `clean`: the upper bound")
-    p.add_argument("--noise", default="measured", help=f"with --target recorrupted: {measure.NOISE_HELP}")
+    p.add_argument("--noise", help=f"of --target recorrupted, or of what weights/ is to denoise: {measure.NOISE_HELP}")
     p.add_argument("--pred", help="with --target recorrupted: prediction file (.h5), for measuring and for intensities")
     p.add_argument("--init", help="start from the weights of this student (.pt)")
     training.context_flag(p)

@@ -8,6 +8,7 @@
     python evaluate.py --data knee.h5 --pred bsn_out.h5 srds_out.h5 --json results.json --figure report.png
     python evaluate.py --data knee.h5 --pred BSN=bsn_out.h5 "SRDS pair=srds_out.h5"        # names of your own
     python evaluate.py --no-reference --data knee.h5 --pred distill_out.h5                 # there is no clean image
+    python evaluate.py --no-reference --data knee.h5 --model student.pt                    # its PSNR, estimated
 
 PSNR and SSIM are scikit-image's, data_range 1, SSIM's window 7x7, slice by slice; nothing is clipped or rounded first.
 Leak = <output - x, n> / <n, n> with x clean and n = noisy - x: the share of the noise that is still there. It is 0 for
@@ -19,6 +20,7 @@ Without a clean image, the noise model (noise.py) says what y - output should lo
     correlation  largest difference between its correlation and the noise's, up to 2 pixels apart
     structure    correlation of its energy (5x5 pixels, in units of the noise's) with the gradient of the output: 0 for
                  noise, above 0 if the residual is larger where the image has edges
+    PSNR         estimated, for what can be run again (--model): Stein's unbiased risk estimate (`estimated_error`)
     error        estimated root mean square error: from the file's `std` where a stage has one (posterior.py); for a
                  blind-spot network sqrt(|y - output|^2 - s2), by J-invariance
 """
@@ -29,11 +31,13 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.stats import wilcoxon
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import data
+import distill
 import measure
 import noise
 from lib import runtime
@@ -152,6 +156,43 @@ def no_reference(y, x, noise_model):
     return {"removed": energy, "correlation error": off, "structure": structure}
 
 
+def estimated_error(denoise, y, noise_model, generator, strength=0.3):
+    """Mean square error of a denoiser on one slice, without the clean image: (of denoise(y), of y as it is).
+
+    Stein's unbiased risk estimate for noise of any covariance, by differences (Ramani et al. 2008), for any denoiser:
+
+        |f(y) - y|^2 - s2 + z (f(y + e z) - f(y - e z)) / e,   z fresh noise of the model, s2 its variance
+
+    Args: denoise: (B,2k+1,H,W) to (B,1,H,W), tensors. y: (1,2k+1,H,W), the slice with its neighbours; where the noise
+    goes through them, so does z. strength e, as small as the precision of the denoiser allows.
+    """
+    joint, own = any(noise_model.get("through", ())), y.shape[1] // 2
+    z = noise.sample_like(noise_model, y if joint else y[:, own, None], None, [generator])
+    added = torch.zeros_like(y)
+    added[:, slice(None) if joint else slice(own, own + 1)] = strength * z
+    out, plus, minus = (denoise(v)[0, 0].numpy().astype(np.float64) for v in (y, y + added, y - added))
+    y, z = y[0, own].numpy(), z[0, z.shape[1] // 2].numpy()
+    s2 = noise.local_variance(noise_model, gaussian_filter(y, 1.5), y).mean()
+    return np.square(out - y).mean() - s2 + (z * (plus - minus)).mean() / strength, s2
+
+
+def estimate(denoise, noisy, noise_model, slices=24, seed=0):
+    """{"psnr", "sd": estimated PSNR of a denoiser and its standard error, dB; "noisy": that of the images as they are}.
+
+    noisy: {name: (S,H,W)}, of which `slices` evenly spaced ones are looked at. denoise.context: neighbours it sees.
+    The error of the noise model itself comes on top, the same for all denoisers.
+    """
+    context, every = getattr(denoise, "context", 0), [(name, s) for name, v in noisy.items() for s in range(v.shape[0])]
+    some = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, slices).round().astype(int))]
+    found = []
+    for k, (name, s) in enumerate(some):
+        y = torch.from_numpy(np.asarray(data.read_around(noisy[name], s, context), np.float32))[None]
+        found.append(estimated_error(denoise, y, noise_model, runtime.step_rng(seed, k)))
+    (mse, s2), spread = np.mean(found, 0), np.std(found, 0)[0] / max(len(found), 1) ** 0.5
+    mse, s2 = max(mse, 1e-3 * s2, 1e-12), max(s2, 1e-12)
+    return dict(psnr=-10 * np.log10(mse), sd=4.34 * spread / mse, noisy=-10 * np.log10(s2))
+
+
 def verdict(m):
     """What the measures of `no_reference` mean, in words; thresholds: results/no_reference.md."""
     said = []
@@ -202,6 +243,20 @@ def report_without_reference(path, preds, split, noise_model):
         error = f"{m['error']:.4f}" if "error" in m else "-"
         numbers = f"{m['removed']:.2f} | {m['correlation error']:.3f} | {m['structure']:+.2f}"
         print(f"| {name} | {numbers} | {error} | {verdict(m)} |")
+    return results
+
+
+def report_estimates(args, students, noise_model):
+    """Prints and returns {name: {"psnr", "sd", "noisy"}} of {name: student.pt}, and of the noisy images themselves."""
+    noisy, results = data.read_volumes(args.data, "noisy", args.split), {}
+    for name, path in students.items():
+        denoise = distill.student(path, ensemble=args.ensemble, told=(noise_model, noisy))
+        results[name] = estimate(denoise, noisy, noise_model)
+    results["noisy"] = dict(psnr=results[name]["noisy"], sd=0.0)
+    print("| method | estimated PSNR, dB |\n|---|---|")
+    for name, found in results.items():
+        print(f"| {name} | {found['psnr']:.2f} ± {found['sd']:.2f} |")
+    print("\nBy Stein's estimate with the noise model; ± is the standard error over slices.\n")
     return results
 
 
@@ -276,6 +331,9 @@ def main(argv=None):
     p.add_argument("--split", choices=splits, default="test", help="the slices to evaluate (default test)")
     p.add_argument("--calibration", action="store_true", help="how well `std` of the predictions tells their error")
     p.add_argument("--no-reference", action="store_true", help="what can be told without clean images")
+    run = "with --no-reference: students (.pt) to run, for their estimated PSNR"
+    p.add_argument("--model", nargs="*", default=[], metavar="[NAME=]FILE", help=run)
+    p.add_argument("--ensemble", type=int, choices=(1, 8), default=1, help="of these students (default 1)")
     p.add_argument("--noise", default="measured", help=f"with --no-reference: {measure.NOISE_HELP}")
     p.add_argument("--json", help="write the table as JSON")
     p.add_argument("--figure", help="write a figure of the middle slice (.png)")
@@ -283,10 +341,15 @@ def main(argv=None):
     runtime.check_outputs([args.data], [f for f in (args.json, args.figure) if f])
     preds = parse_predictions(args.pred)
     if args.no_reference:
-        if not preds:
-            raise ValueError("--no-reference needs --pred")
-        noise_model = measure.load_noise_model(args.noise, args.data)
-        return write_json(report_without_reference(args.data, preds, args.split, noise_model), args.json)
+        students = parse_predictions(args.model)
+        if not preds and not students:
+            raise ValueError("--no-reference needs --pred or --model")
+        noise_model, results = measure.load_noise_model(args.noise, args.data), {}
+        if students:
+            results |= report_estimates(args, students, noise_model)
+        if preds:
+            results |= report_without_reference(args.data, preds, args.split, noise_model)
+        return write_json(results, args.json)
     methods = {"noisy": score(args.data, None, args.split)}
     methods |= {name: score(args.data, path, args.split) for name, path in preds.items()}
     print(markdown(methods))

@@ -139,25 +139,56 @@ def mix_through(white, through):
     return np.tensordot(root.astype(white.dtype), white, 1)
 
 
+def local_variance(noise_model, x, y=None):
+    """Variance of the noise of clean images x (...,H,W), like x; y: the noisy images, if there are any.
+
+    Noise cannot be stronger than what varies: where y varies with less than half the energy that the model expects (a
+    masked background, or one whose level was overestimated), it limits the noise.
+    """
+    s2 = variance(noise_model, x)
+    if y is None:
+        return s2
+    sigma = [0] * (x.ndim - 2) + [4, 4]
+    energy = gaussian_filter(np.square(y), sigma) - np.square(gaussian_filter(y, sigma))
+    return np.where(energy < s2 / 2, np.maximum(energy, 0), s2)
+
+
 def sample(noise_model, x, generator, y=None):
     """Noise for clean images x (...,H,W): what the scanner might have added. Same shape, float32.
 
-    A stack (S,H,W) of neighbouring slices gets noise that is correlated through them as the model says.
-
-    y: the noisy images, if there are any. Noise cannot be stronger than what varies: where y varies with less than half
-    the energy that the model expects (a masked background, or one whose level was overestimated), it limits the noise.
+    A stack (S,H,W) of neighbouring slices gets noise that is correlated through them as the model says. y: the noisy
+    images, if there are any, for `local_variance`.
     """
     n = generator.standard_normal(x.shape, dtype=np.float32)
     if x.ndim == 3 and any(noise_model.get("through", ())):
         n = mix_through(n, noise_model["through"])
     if np.count_nonzero(noise_model["correlation"]) > 1:
         n = np.fft.ifft2(np.fft.fft2(n) * np.sqrt(spectrum(noise_model, *x.shape[-2:]))).real
-    s2 = variance(noise_model, x)
-    if y is not None:
-        sigma = [0] * (x.ndim - 2) + [4, 4]
-        energy = gaussian_filter(np.square(y), sigma) - np.square(gaussian_filter(y, sigma))
-        s2 = np.where(energy < s2 / 2, np.maximum(energy, 0), s2)
-    return (n * np.sqrt(s2)).astype(np.float32)
+    return (n * np.sqrt(local_variance(noise_model, x, y))).astype(np.float32)
+
+
+def sample_like(noise_model, y, prediction, generators):
+    """Fresh noise for noisy crops y (B,S,H,W), a torch tensor like them; generators: one for each crop.
+
+    The intensities that it depends on are those of `prediction`, or else of the smoothed noisy images.
+    """
+    means = gaussian_filter(y.numpy(), (0, 0, 1.5, 1.5)) if prediction is None else prediction.numpy()
+    drawn = [sample(noise_model, mean, rng, crop) for mean, rng, crop in zip(means, generators, y.numpy())]
+    return y.new_tensor(np.stack(drawn))
+
+
+def facts(noise_model, volumes):
+    """What distill.ToldResUNet is told, (9,): variance [a, b, c], deviation over all of {name: (S,H,W)}, correlations.
+
+    The correlations are those with the pixel 1 along rows, columns and diagonals, 2 along rows and columns, and one
+    slice away.
+    """
+    spread = {name: np.unique(np.linspace(0, v.shape[0] - 1, 8).astype(int)) for name, v in volumes.items()}
+    level = np.mean([variance(noise_model, volumes[name][s]).mean() for name in spread for s in spread[name]]) ** 0.5
+    r, at = np.asarray(noise_model["correlation"]), REACH
+    beside = [r[at, at + 1], r[at + 1, at], (r[at + 1, at + 1] + r[at + 1, at - 1]) / 2]
+    beside += [(r[at, at + 2] + r[at + 2, at]) / 2, noise_model.get("through", [0])[0] or 0]
+    return np.array([*noise_model["variance"], level, *beside])
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -174,7 +205,9 @@ from lib import runtime
 
 
 def parse_noise_model(text):
-    """The noise model of kind:level[:correlation], or of a JSON file that measure.py wrote. Raises ValueError."""
+    """The noise model of kind:level[:correlation], of `none`, or of a JSON file of measure.py. Raises ValueError."""
+    if text == "none":
+        return known("gaussian", 0)
     kind, _, numbers = text.partition(":")
     if kind in KINDS:
         level, _, correlation = numbers.partition(":")

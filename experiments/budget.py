@@ -3,7 +3,7 @@
     python -m experiments.budget ours NOISY.h5 FOLDER                  # after 1, 2, 4 and 8 minutes
     python -m experiments.budget supervised NOISY.h5 FOLDER 3 6        # after 3 and 6 minutes
 
-    ours         `denoise.py --recipe recorrupted`, blind-spot network and student together
+    ours         `denoise.py --recipe scratch`, blind-spot network and student together
     supervised   `distill.py --target clean --preset nafnet`
     student      the same with the network of preset `fast`
 
@@ -31,7 +31,7 @@ def attempt(way, noisy, folder, effort):
     """(seconds of training, psnr, ssim) of `effort` times the steps of the preset."""
     out = folder / f"{way}-{effort:.3f}"
     if way == "ours":
-        run("denoise", "--data", noisy, "--out", out, "--recipe", "recorrupted", "--effort", effort)
+        run("denoise", "--data", noisy, "--out", out, "--recipe", "scratch", "--effort", effort)
         pred, logs = out / "denoised.h5", [out / "bsn.jsonl", out / "recorrupted.jsonl"]
     else:
         out.mkdir(exist_ok=True)

@@ -27,7 +27,7 @@ Methods:
     noise2self nei2nei           baselines.py
     lgbpn puca                   bsn.py; they are told the blind spot: 1, 5 or 9 (Sec. 4.2)
     paper, paper-2, paper-3      the paper's recipe, told the same; a round starts from what the last one denoised
-    ours, ours-2, ours-3         recorruption, blind spot and noise measured: denoise.py --recipe recorrupted
+    ours, ours-2, ours-3         recorruption, blind spot and noise measured: denoise.py --recipe scratch
     single srds kd-single        one sample, the SRDS mean, the student of one sample (that of the mean is `paper`)
     single25 srds25              the first two with 25 steps
 """

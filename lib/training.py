@@ -16,11 +16,13 @@ the batch of one process.
 import argparse
 import hashlib
 import json
+import logging
 import math
 import os
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +63,7 @@ def training_parser(doc, names, settings, choices=None, model="model.pt"):
         elif isinstance(values[0], list):
             flags |= dict(nargs="*" if [] in values else "+", type=whole if [] in values else positive)
         elif isinstance(values[0], int):
-            flags |= dict(type=whole if 0 in values else positive)
+            flags |= dict(type=whole if 0 in values or key == "steps" else positive)
         elif isinstance(values[0], float):
             flags |= dict(type=float)
         shown = [" ".join(map(str, v)) or "none" if isinstance(v, list) else str(v) for v in values]
@@ -163,10 +165,30 @@ def fingerprint(path):
     return digest.hexdigest()
 
 
+def export_onnx(network, example, path, inputs, outputs):
+    """Writes network(example) as ONNX with free batch, height and width; inputs, outputs: names. Needs onnxscript."""
+    try:
+        import onnxscript  # noqa: F401  what torch.onnx writes with
+    except ImportError:
+        raise ValueError("--export needs the package onnxscript: pip install onnxscript") from None
+    network = network.to(memory_format=torch.contiguous_format)
+    logging.disable(logging.WARNING)  # torch tells of packages that it could use
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            free = {axis: torch.export.Dim.DYNAMIC for axis in (0, 2, 3)}
+            program = torch.export.export(network, (example,), dynamic_shapes=(free,))
+            made = torch.onnx.export(program, dynamo=True, verbose=False, input_names=inputs, output_names=outputs)
+    finally:
+        logging.disable(logging.NOTSET)
+    with runtime.atomic_write(path) as temporary:
+        made.save(temporary)
+
+
 def warmup_cosine(step, steps):
     """Learning rate as a share of its peak: linear over the first 50 steps (or a tenth of few), then a cosine to 0."""
     warm = min(50, max(1, steps // 10))
-    return min(1, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+    return min(1, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * step / max(steps, 1)))
 
 
 def ema_update(decay):
@@ -200,7 +222,8 @@ class Training:
     def __init__(
         self, stage, args, checkpoint, network, *, model_args, extra=None, inputs=None, schedule=warmup_cosine
     ):
-        self.stage, self.args, self.start, self.losses = stage, args, 0, []
+        self.stage, self.args, self.start = stage, args, 0
+        self.losses, self.errors = [], []  # since the last line of the log
         self.fixed = dict(stage=stage, model_args=model_args, extra=extra or {}, inputs=inputs or {})
         self.device, (self.rank, self.world) = runtime.pick_device(args.device), runtime.processes()
         if args.batch % self.world:
@@ -248,8 +271,11 @@ class Training:
     def to_device(self, *tensors):
         return [x.to(self.device, memory_format=torch.channels_last) for x in tensors]
 
-    def update(self, loss):
-        """One step of the optimizer, the learning rate and the EMA; the loss (a scalar tensor) is read when logged."""
+    def update(self, loss, mse=None):
+        """One step of the optimizer, the learning rate and the EMA; the loss (a scalar tensor) is read when logged.
+
+        mse: an estimate of the mean square error against clean images, if there is one: shown and logged as PSNR.
+        """
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.clip)
         self.optimizer.step()
@@ -258,6 +284,7 @@ class Training:
         self.ema.update_parameters(self.network)
         if self.rank == 0:
             self.losses.append(loss.detach())
+            self.errors.append(loss.new_tensor(float("nan")) if mse is None else mse.detach())
 
     def agree(self, stop):
         """Whether any of the processes wants to stop: they must all leave after the same step."""
@@ -301,13 +328,17 @@ class Training:
                     bar.update()
                     now, last = time.monotonic(), self.agree(bool(signalled)) or step >= stop
                     if main and (now - logged > LOG_EVERY or last):
-                        loss = torch.stack(self.losses).mean().item()
+                        loss, mse = (torch.stack(some).mean().item() for some in (self.losses, self.errors))
                         if not np.isfinite(loss):
                             raise ValueError(f"the loss is {loss} at step {step}: try a lower --lr than {args.lr}")
                         line = dict(stage=self.stage, step=step, loss=round(loss, 6), seconds=round(now - began, 1))
+                        shown = dict(loss=f"{loss:.4g}")
+                        if mse > 0:
+                            line["psnr"] = round(-10 * math.log10(mse), 2)
+                            shown = {"estimated PSNR": f"{line['psnr']:.2f} dB"}
                         print(json.dumps(line), file=log, flush=True)
-                        bar.set_postfix(loss=f"{loss:.4g}")
-                        self.losses, logged = [], now
+                        bar.set_postfix(shown)
+                        self.losses, self.errors, logged = [], [], now
                     if main and (now - saved > SAVE_EVERY or last):
                         self.save(partial_path(args.model), step, whole=True)
                         saved = now

@@ -1,8 +1,11 @@
 """A small data set made on the spot, and a way to run the scripts as a user does."""
 
+import importlib
+import io
 import os
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 
 import data
 import noise
+from lib import runtime
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,9 +66,24 @@ def command(script, *flags):
 
 
 def run(script, *flags, cwd, env=None):
-    """Runs a script of the project in a process of its own; returns it finished, with its output as text."""
-    env = {**(env or os.environ), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command(script, *flags), cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+    """Runs a script of the project in a folder; returns a CompletedProcess with what it said as text.
+
+    In this process, which has loaded torch already, unless there is an environment to run it in.
+    """
+    argv = command(script, *flags)
+    if env:
+        env = {**env, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
+    else:
+        done, out, err = subprocess.CompletedProcess(argv, 0), io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.chdir(cwd)
+            patch.setattr(sys, "argv", argv[-len(flags) - 1 :] if flags else argv[-1:])
+            try:
+                runtime.command(importlib.import_module(script).main)
+            except SystemExit as ended:
+                done.returncode = ended.code or 0
+        done.stdout, done.stderr = out.getvalue(), err.getvalue()
     if done.returncode:
         collect_refusals(done.stderr, cwd)
     return done

@@ -49,7 +49,7 @@ def test_denoise_hands_the_demo_over(tmp_path):
 
 
 COMMANDS = {  # that two rounds print, with what tells them from others
-    "recorrupted": [
+    "scratch": [
         "measure.py --data knee.h5 --out out/noise_first.json",
         "bsn.py --data knee.h5 --blind-spot 1 ",
         "measure.py --data knee.h5 --pred out/bsn_out.h5 --out out/noise.json",
@@ -68,7 +68,7 @@ COMMANDS = {  # that two rounds print, with what tells them from others
 }
 
 
-@pytest.mark.parametrize("recipe, rounds", [("recorrupted", 2), ("paper", 2)])
+@pytest.mark.parametrize("recipe, rounds", [("scratch", 2), ("paper", 2)])
 def test_denoise_a_dataset(recipe, rounds, tmp_path):
     """Both recipes, two rounds: the student, the denoised images of every volume, a report; no clean image is there."""
     make_dataset(tmp_path / "knee.h5", sizes=((4, 112, 128), (1, 96, 100)), clean=False)

@@ -59,10 +59,10 @@ def test_few_scripts_and_arrows():
     assert len({(a, b) for a, b in arrows if a != b}) <= 50
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("**/*.py")), ids=lambda path: path.name)
-def test_no_room_is_too_large(path):
-    if not any(part.startswith(".") for part in path.relative_to(ROOT).parts):
-        assert len(path.read_text().splitlines()) <= 450
+def test_no_room_is_too_large():
+    for folder in ("", "lib", "lib/formats", "experiments", "notebooks", "tests"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert len(path.read_text().splitlines()) <= 450, path
 
 
 @pytest.mark.parametrize("stage", ["bsn", "diffusion", "distill", "experiments.baselines"])
