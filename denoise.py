@@ -174,7 +174,8 @@ def tuned_recipe(stages):
     stages.once(evaluate.main, flags, "best.json", f"python evaluate.py {shlex.join(flags)}")
     found = json.loads((stages.folder / "best.json").read_text())
     best = max(found, key=lambda name: found[name]["psnr"])
-    print(f"denoise: kept the {best}: estimated PSNR {found[best]['psnr']:.2f} dB", flush=True)
+    kept = "images as they are" if best == "noisy" else best
+    print(f"denoise: kept the {kept}: estimated PSNR {found[best]['psnr']:.2f} dB", flush=True)
     if best == "tuned network":
         return "tuned_out.h5", "tuned.pt"
     learn(start, "none" if best == "noisy" else known, 0, *(few if stages.instant else []), name="shipped")

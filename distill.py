@@ -162,11 +162,9 @@ class ResUNet(NAFNet):
 class ToldResUNet(ResUNet):
     """A ResUNet that is told the noise: it sees images in units of the noise level, and six facts as further channels.
 
-    The facts are the noise's deviation at each pixel, as a share of the level, which the noise level function gives at
-    the smoothed image, and five correlations. So one network serves all levels, and goes on learning from where another
-    one stopped. Buffer `law` (1,9), in the checkpoint: variance [a, b, c] and level, in units of the images, and the
-    correlations with the pixel 1 along rows, columns and diagonals, 2 along rows and columns, and one slice away. At
-    level 0 images stay what they are.
+    The facts are the noise's deviation at each pixel, as a share of the level, by the noise level function at the
+    smoothed image, and five correlations. So one network serves all levels; at level 0 images stay what they are.
+    Buffer `law` (1,9), in the checkpoint: what `noise.facts` returns.
     """
 
     facts = 6

@@ -89,7 +89,7 @@ def make_noise_model(variance, correlation, compressed=False, through=(0.0, 0.0)
 
     variance: [a, b, c]. correlation: (13,13). through: correlation one and two slices away.
     """
-    offset = np.abs(np.arange(-REACH, REACH + 1))
+    correlation, offset = np.asarray(correlation), np.abs(np.arange(-REACH, REACH + 1))
     distance = offset[:, None] + offset[None]  # the hole of bsn.py is a diamond
     beyond = [np.abs(correlation)[(distance > radius) & (distance <= 4)].max() for radius in (0, 2)]
     return dict(
@@ -207,7 +207,7 @@ from lib import runtime
 def parse_noise_model(text):
     """The noise model of kind:level[:correlation], of `none`, or of a JSON file of measure.py. Raises ValueError."""
     if text == "none":
-        return known("gaussian", 0)
+        return make_noise_model([0, 0, 0], known("gaussian", 1)["correlation"])
     kind, _, numbers = text.partition(":")
     if kind in KINDS:
         level, _, correlation = numbers.partition(":")
