@@ -379,8 +379,9 @@ def train(args, checkpoint=None):
         crops = data.random_crops([noisy], args.batch, args.crop, run.rng(step), run.rank, run.world, [context])
         (y,) = run.to_device(*crops)
         with run.autocast():
-            loss = blind_spot_loss(run.net(y).float(), y[:, context, None], args.loss)
-        run.update(loss)
+            prediction, target = run.net(y).float(), y[:, context, None]
+            loss = blind_spot_loss(prediction, target, args.loss)
+        run.update(loss, trivial=blind_spot_loss(torch.zeros_like(prediction), target, args.loss))
 
 
 HIDDEN = 4  # subsampled images hidden in turn in each slice: all of stride 2, a share of those of strides 4 and 8

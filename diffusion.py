@@ -226,6 +226,11 @@ def diffusion_loss(network, x0, c, abar, t, eps, predict="eps", mask=None):
     return ((error.abs() * mask).sum((1, 2, 3)) / mask.sum((1, 2, 3)).clamp(min=1)).mean()
 
 
+def zero(x_t, c, t):
+    """The trivial network."""
+    return torch.zeros_like(x_t)
+
+
 def eps_model(network, abar):
     """The callable (x_t, c, t) to eps that the samplers of srds.py take, from a network trained by `diffusion_loss`."""
 
@@ -323,9 +328,10 @@ def train(args, checkpoint=None):
         c, mask = more if hidden else (c, torch.ones_like(y))
         x0 = to_x(y, c[:, context, None], extra["target"], extra["std"])
         x0, c, eps, mask = run.to_device(x0, c, eps, mask)
+        batch = x0, scaled(c), abar, t, eps, extra["predict"], mask if hidden else None
         with run.autocast():
-            loss = diffusion_loss(run.net, x0, scaled(c), abar, t, eps, extra["predict"], mask if hidden else None)
-        run.update(loss)
+            loss = diffusion_loss(run.net, *batch)
+        run.update(loss, trivial=diffusion_loss(zero, *batch))
 
 
 # ---------------------------------------------------------------------------------------------------------------

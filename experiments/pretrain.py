@@ -101,6 +101,11 @@ class Volumes:
         return [self.ready[k].result() for k in range(first, first + count)]
 
 
+def loss_of(out, x, level):
+    """Logarithm of the mean square error of out against x (B,1,H,W), as a share of the noise's variance; a scalar."""
+    return torch.log((out - x).square().mean((1, 2, 3)) / level**2 + 0.01).mean()
+
+
 def train(args, checkpoint=None):
     torch.manual_seed(args.seed)
     model_args = dict(arch="told", width=args.width, enc_blocks=[2, 2], middle_blocks=2, dec_blocks=[2, 2])
@@ -118,9 +123,9 @@ def train(args, checkpoint=None):
         y, x, gain = run.to_device(y, x, gain)
         law = law.to(run.device)
         with run.autocast():
-            error = (run.net(y, law, gain).float() - x).square().mean((1, 2, 3)) / law[:, 3] ** 2
-            loss = torch.log(error + 0.01).mean()
-        run.update(loss)
+            out = run.net(y, law, gain).float()
+        loss, trivial = (loss_of(v, x, law[:, 3]) for v in (out, distill.unchanged(y)))
+        run.update(loss, trivial)
 
 
 def take_over(network, start):

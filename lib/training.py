@@ -35,6 +35,8 @@ from lib import runtime
 from lib.runtime import atomic_write, positive, whole
 
 SAVE_EVERY, LOG_EVERY = 60.0, 10.0  # seconds
+SMOOTH, FALLEN = 50, 300  # steps: to average the loss over; to see whether it has fallen back for good
+LEAST = 0.01  # by what share the loss must be below that of the trivial answer, to say that something was learned
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -224,6 +226,7 @@ class Training:
     ):
         self.stage, self.args, self.start = stage, args, 0
         self.losses, self.errors = [], []  # since the last line of the log
+        self.smooth, self.best, self.fallen = None, 0.0, None  # see `watch`
         self.fixed = dict(stage=stage, model_args=model_args, extra=extra or {}, inputs=inputs or {})
         self.device, (self.rank, self.world) = runtime.pick_device(args.device), runtime.processes()
         if args.batch % self.world:
@@ -271,9 +274,10 @@ class Training:
     def to_device(self, *tensors):
         return [x.to(self.device, memory_format=torch.channels_last) for x in tensors]
 
-    def update(self, loss, mse=None):
+    def update(self, loss, trivial=None, mse=None):
         """One step of the optimizer, the learning rate and the EMA; the loss (a scalar tensor) is read when logged.
 
+        trivial: the loss of the trivial answer to the same batch, an output of zero or the input itself, for `watch`.
         mse: an estimate of the mean square error against clean images, if there is one: shown and logged as PSNR.
         """
         loss.backward()
@@ -285,6 +289,30 @@ class Training:
         if self.rank == 0:
             self.losses.append(loss.detach())
             self.errors.append(loss.new_tensor(float("nan")) if mse is None else mse.detach())
+            if trivial is not None:
+                pair = torch.stack([loss.detach().float(), trivial.detach().float()])
+                self.smooth = pair if self.smooth is None else self.smooth.lerp(pair, 1 / SMOOTH)
+
+    def watch(self, step):
+        """Compares the smoothed loss with that of the trivial answer; returns both as plain numbers, or None.
+
+        Raises ValueError if the network was better than that and has fallen back for FALLEN steps.
+        """
+        if self.smooth is None or step - self.start < 2 * SMOOTH:
+            return None
+        loss, trivial = self.smooth.tolist()
+        gain = (trivial - loss) / max(abs(trivial), 1e-12)
+        if gain > self.best:
+            self.best, self.best_loss, self.best_step = gain, loss, step
+        if self.best < 2 * LEAST or gain > self.best / 10:
+            self.fallen = None
+        elif self.fallen is None:
+            self.fallen = step
+        elif step - self.fallen >= FALLEN:
+            was = f"was {self.best_loss:.4g} at step {self.best_step} and is {loss:.4g} at step {step}"
+            lower = f"try a lower --lr than {self.args.lr:g}"
+            raise ValueError(f"the loss {was}, no better than that of the trivial answer, {trivial:.4g}: {lower}")
+        return loss, trivial
 
     def agree(self, stop):
         """Whether any of the processes wants to stop: they must all leave after the same step."""
@@ -317,7 +345,7 @@ class Training:
         handlers = {s: signal.signal(s, lambda *_: signalled.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
         bar = tqdm(total=args.steps, initial=self.start, desc=self.stage, disable=None if main else True, leave=False)
         began = saved = logged = time.monotonic()
-        step = self.start
+        step, watched = self.start, None
         try:
             path = Path(args.model).with_suffix(".jsonl") if main else os.devnull
             with open(path, "a" if self.start else "w") as log:
@@ -332,6 +360,8 @@ class Training:
                         if not np.isfinite(loss):
                             raise ValueError(f"the loss is {loss} at step {step}: try a lower --lr than {args.lr}")
                         line = dict(stage=self.stage, step=step, loss=round(loss, 6), seconds=round(now - began, 1))
+                        watched = self.watch(step)
+                        line |= dict(zip(("smoothed", "trivial"), watched)) if watched else {}
                         shown = dict(loss=f"{loss:.4g}")
                         if mse > 0:
                             line["psnr"] = round(-10 * math.log10(mse), 2)
@@ -349,6 +379,9 @@ class Training:
         if main and step == args.steps:  # the state first: killed between the two, the run can still end
             self.save(args.model, step, whole=False)
             print(f"{self.stage}: {step} steps in {time.monotonic() - began:.0f} s -> {args.model}", flush=True)
+            if watched and watched[1] - watched[0] < LEAST * abs(watched[1]):
+                low = f"its loss is {watched[0]:.4g}, that of the trivial answer {watched[1]:.4g}"
+                print(f"{self.stage}: the network has learned nothing: {low}", flush=True)
         if dist.is_initialized():
             dist.barrier()
         if step < args.steps:

@@ -1,5 +1,7 @@
 """How a run is kept: resumed runs and several processes give the same weights; nothing half-made stands."""
 
+import argparse
+import json
 import os
 import signal
 import subprocess
@@ -215,3 +217,45 @@ def test_help_shows_the_presets(tmp_path):
     said = " ".join(ok("distill", "--help", cwd=tmp_path).stdout.split())
     assert "peak learning rate (fast: 0.002, nafnet: 0.002, paper: 0.001)" in said
     assert "a of the recorruption (0.3)" in said and "(fast: 2 2, nafnet: 1 1 2, paper: 2 2 4 8)" in said
+
+
+def watched(losses, tmp_path, trivial=1.0):
+    """A run whose loss is what `losses` say, step by step; log lines after each ten steps. Returns the run."""
+    network = torch.nn.Linear(1, 1)
+    args = argparse.Namespace(steps=len(losses), batch=1, lr=1e-3, ema=0.9, seed=0, device="cpu", precision="float32")
+    args.model, args.stop_at = str(tmp_path / "a.pt"), None
+    run = training.Training("bsn", args, None, network, model_args={})
+    for step in run.steps():
+        run.update(network.weight.sum() * 0 + losses[step], torch.tensor(trivial))
+    return run
+
+
+def test_loss_is_compared_with_that_of_the_trivial_answer(tmp_path, monkeypatch, capsys):
+    """A network that learns nothing is told of; one that has learned and falls back for good is stopped; others run."""
+    monkeypatch.setattr(training, "LOG_EVERY", 0.0)
+    watched([0.995] * 150, tmp_path)
+    assert "the network has learned nothing: its loss is 0.995, that of the trivial answer 1" in capsys.readouterr().out
+    for losses in ([1.0] * 50 + [0.8] * 450, [0.8] * 150 + [1.2] * 100 + [0.8] * 400, [-1.0] * 150):
+        watched(losses, tmp_path)
+        assert "nothing" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="was 0.8 at step .* the trivial answer, 1: try a lower"):
+        watched([0.8] * 150 + [1.0] * 600, tmp_path)
+    with pytest.raises(ValueError, match="trivial answer, -32"):
+        watched([-36.0] * 150 + [-31.9] * 600, tmp_path, -32.0)
+
+
+@pytest.mark.parametrize("stage", ["bsn", "diffusion", "distill", "recorrupted"])
+def test_every_stage_learns_more_than_the_trivial_answer(stage, made, tmp_path):
+    """The loss after a longer run, smoothed, is below that of an output of zero, or of the input."""
+    flags = {
+        "bsn": ["--data", "knee.h5"],
+        "diffusion": ["--data", "knee.h5", "--cond", "bsn_out.h5", "--groups", "4"],
+        "distill": ["--data", "knee.h5", "--target", "clean"],
+        "recorrupted": ["--data", "knee.h5", "--target", "recorrupted", "--noise", "gaussian:6/255"],
+    }[stage]
+    script = "distill" if stage == "recorrupted" else stage
+    out = [] if stage == "diffusion" else ["--out", tmp_path / "out.h5"]
+    steps = ["--steps", 600 if script == "distill" else 250, "--lr", "3e-3", "--batch", 4, "--model", tmp_path / "a.pt"]
+    ok(script, *flags, *TINY[script], *steps, *out, cwd=made)
+    last = json.loads((tmp_path / "a.jsonl").read_text().splitlines()[-1])
+    assert last["trivial"] > 0 and last["smoothed"] < 0.97 * last["trivial"], last
