@@ -378,7 +378,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
     if told:
         tell(network, *told)
     elif isinstance(network, ToldResUNet) and not checkpoint["extra"].get("noise"):
-        raise ValueError(f"{path} must be told the noise: give --noise")
+        raise ValueError(f"{path} must be told the noise: --noise of distill.py, or denoise.py without --model")
     network.pool_locally(checkpoint["extra"]["crop"])
     side, overlap = tiling(checkpoint, memory)
 

@@ -27,7 +27,7 @@ from experiments import baselines
 from lib import runtime
 
 LEVEL = "6/255"  # of the Gaussian noise: the paper's
-NLM, SINGLE, PAIR = "non-local means, level known", "one sample, 25 steps", "SRDS pair, 25 steps"
+NLM, SINGLE, PAIR = "non-local means, level known", "one sample, 10 steps", "SRDS pair, 10 steps"
 INSTANT, OURS, PAPER, BOUND = "shipped network, instant", "tuned", "student of the paper's recipe", "supervised"
 SHARE = 0.4
 
@@ -41,15 +41,15 @@ def run_methods(stages, args):
     stages.run(baselines, *stages.data, "--sigma", LEVEL, "--split", "test", out="nlm_out.h5")
     ours, _ = denoise.tuned_recipe(stages)
     steps = ["--steps", max(1, round(args.effort * denoise.TUNING_STEPS)), "--crop", stages.crop(distill)]
-    flags = [*stages.data, "--target", "clean", *steps, *stages.common]
+    flags = [*stages.data, "--target", "clean", "--split", "test", *steps, *stages.common]
     bound = stages.run(distill, *flags, out="supervised_out.h5", model="supervised.pt")
     stages.args = Namespace(**{**vars(args), "effort": SHARE * args.effort})
     estimate = denoise.blind_spot_estimate(stages)
     paper, _ = denoise.paper_recipe(stages, estimate, args.rounds)
-    for mode, out in (("single", "single25_out.h5"), ("pair", "srds25_out.h5")):
-        denoise.sample(stages, estimate, "diffusion.pt", out, "--steps", 25, "--split", "test", "--mode", mode)
+    for mode, out in (("single", "single10_out.h5"), ("pair", "srds10_out.h5")):
+        denoise.sample(stages, estimate, "diffusion.pt", out, "--steps", 10, "--split", "test", "--mode", mode)
     files = {NLM: "nlm_out.h5", "blind-spot network": "bsn_out.h5"}
-    files |= {SINGLE: "single25_out.h5", PAIR: "srds25_out.h5", PAPER: paper}
+    files |= {SINGLE: "single10_out.h5", PAIR: "srds10_out.h5", PAPER: paper}
     files |= {INSTANT: "instant_out.h5", OURS: ours, BOUND: bound}
     return {name: stages.path(file) for name, file in files.items()}
 

@@ -1,0 +1,36 @@
+"""The experiments on volumes, each with almost no training."""
+
+import json
+
+import numpy as np
+from conftest import make_dataset, ok
+
+
+def test_table_of_volumes(tmp_path):
+    """Clean images to a table: the shipped network, tuned and new students, with and without the symmetries."""
+    make_dataset(tmp_path / "clean.h5", sizes=((5, 96, 112), (4, 96, 100)))
+    methods = ["--methods", "nlm", "instant", "tuned", "scratch0", "supervised2"]
+    flags = ["a=clean.h5", "--noise", "gaussian:12/255", *methods, "--steps", 2, "--out", "out"]
+    done = ok("experiments.volumes", *flags, cwd=tmp_path)
+    cell = json.loads((tmp_path / "out/a-gaussian-12_255/cell.json").read_text())
+    pairs = [name + end for name in methods[2:] for end in ("", "+")]
+    assert set(cell) == {"noisy", "nlm", *pairs}
+    assert cell["instant"]["psnr"] > cell["noisy"]["psnr"] + 2 and cell["instant+"]["psnr"] > cell["instant"]["psnr"]
+    for name in methods[2:]:
+        assert abs(cell[name]["told"] - cell[name]["pooled"]) < 0.3, name  # estimated without the clean images
+    again = ok("experiments.volumes", "--out", "out", cwd=tmp_path).stdout  # only the table
+    assert "| tuned+ |" in again and again.strip() in done.stdout
+
+
+def test_context_experiments(tmp_path):
+    make_dataset(tmp_path / "clean.h5", sizes=((5, 96, 112), (4, 96, 100)))
+    (tmp_path / "out").mkdir()
+    through = ["through", "--data", "clean.h5", "--out", "out", "--steps", 2]
+    assert "| ignored |" in ok("experiments.context", *through, cwd=tmp_path).stdout
+    preds = ["--data", "out/noisy.h5", "--pred", "A=out/joint_out.h5", "--figure", "planes.png"]
+    assert "| A |" in ok("experiments.context", "stripes", *preds, cwd=tmp_path).stdout
+    assert (tmp_path / "planes.png").stat().st_size > 5000
+    np.save(tmp_path / "one.npy", np.random.default_rng(0).random((64, 64)))
+    rows = ok("experiments.context", "auto", "one.npy", cwd=tmp_path).stdout.splitlines()
+    assert rows[2] == "| one.npy | one | 1x64x64 |  | 0 |"
+    assert ok("experiments.context", "cost", "--repeats", 1, cwd=tmp_path).stdout.count("%") == 6
