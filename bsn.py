@@ -100,10 +100,7 @@ class DABlock(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """Two dense 3x3 convolutions and a skip; begins as the identity. (B,C,H,W) to (B,C,H,W).
-
-    On a CPU it gives more quality per second than depthwise convolutions with attention.
-    """
+    """Two dense 3x3 convolutions and a skip; begins as the identity. (B,C,H,W) to (B,C,H,W)."""
 
     def __init__(self, width):
         super().__init__()

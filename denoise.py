@@ -121,10 +121,13 @@ class Stages:
         return flags if context == "auto" else [*flags, "--context", context]
 
     def crop(self, module):
-        """The side of the crops that a stage trains on, pixels: no larger than the smallest image."""
+        """The side of the crops that a stage trains on, pixels."""
+        return min(module.PRESETS["fast"]["crop"], self.smallest_side())
+
+    def smallest_side(self):
+        """The shortest side of an image, pixels: no crop can be larger."""
         with data.open_file(self.data[1]) as file:
-            smallest = min(min(group["noisy"].shape[1:]) for group in file["volumes"].values())
-        return min(module.PRESETS["fast"]["crop"], smallest)
+            return min(min(group["noisy"].shape[1:]) for group in file["volumes"].values())
 
     def measure_noise(self, out, *flags):
         """Measures the noise of the dataset; `noise_file` is the latest measurement. Returns the noise model."""

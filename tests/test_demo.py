@@ -25,7 +25,7 @@ def test_demo_and_its_resume(tmp_path):
         "supervised",
     ]
     assert abs(results["noisy"]["psnr"] - 32.57) < 0.2 and results["noisy"]["n"] == 2
-    assert results["shipped network, instant"]["psnr"] > results["non-local means, level known"]["psnr"]
+    assert results["shipped network, instant"]["psnr"] > results["noisy"]["psnr"] + 4
     assert results["SRDS pair, 10 steps"]["psnr"] > results["one sample, 10 steps"]["psnr"]
     assert (tmp_path / "demo/report.png").stat().st_size > 10_000 and "Highest PSNR: " in first
     commands = [line for line in first.splitlines() if line.startswith("$ python")]
