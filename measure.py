@@ -100,8 +100,12 @@ def alike_all_over(blocks):
 
 def usable(blocks):
     """Blocks without a constant area: masked, saturated or photon-free pixels carry no noise to measure. (n,) bool"""
-    flat = blocks.reshape(len(blocks), -1)
-    return np.maximum(*((flat == m[:, None]).mean(1) for m in (flat.min(1), flat.max(1)))) < 0.3
+    if not len(blocks):
+        return np.zeros(0, bool)
+    flat, corner = blocks.reshape(len(blocks), -1), blocks[:, :-1, :-1]
+    same = (blocks[:, 1:, 1:] == corner) & (blocks[:, 1:, :-1] == corner) & (blocks[:, :-1, 1:] == corner)
+    extreme = np.maximum(*((flat == m[:, None]).mean(1) for m in (flat.min(1), flat.max(1))))
+    return (extreme < 0.3) & (same.mean((1, 2)) < 0.15)
 
 
 def bins(x, most):
@@ -153,6 +157,8 @@ def measure_correlation(images, means=None):
     blocks = in_blocks(images, 16)
     keep = usable(blocks)
     keep[keep] = alike_all_over(blocks[keep])
+    if not keep.any():
+        raise ValueError("no 16x16 pixels of the images have noise that is alike all over: its level cannot be told")
     blocks, guide = blocks[keep], None if means is None else in_blocks(means, 16)[keep]
     power = periodogram(blocks)
     structure = power if means is None else periodogram(guide)
