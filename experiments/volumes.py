@@ -10,6 +10,7 @@ HEAD.h5 holds clean images (data.py import). Methods (--methods):
 
     nlm bm3d bm4d           told the true noise; no training
     instant, tuned          denoise.py: a network of weights/, and what it has learned from the noisy images
+    instant_told, tuned_told   the same, told the true noise as those above
     scratch0 1 2 3          a new student by recorruption, with so many slices on each side
     supervised0 2           such a student trained on the clean images
 
@@ -31,7 +32,7 @@ import noise
 from experiments import baselines, classical
 from lib import runtime
 
-METHODS = "nlm bm3d bm4d instant tuned scratch0 scratch1 scratch2 scratch3 supervised0 supervised2".split()
+METHODS = "nlm bm3d bm4d instant tuned instant_told tuned_told scratch0 scratch1 scratch2 scratch3 supervised0 supervised2".split()
 
 
 def run_cell(folder, clean, spec, args):
@@ -97,9 +98,10 @@ def measured(stages):
 
 def trained(stages, method, spec):
     """A student, trained as its name says."""
-    kind, steps, flags = method.rstrip("0123"), stages.args.steps, ["--target", "clean"]
+    kind, _, told = method.rstrip("0123").partition("_")
+    steps, flags = stages.args.steps, ["--target", "clean"]
     if kind != "supervised":
-        flags = ["--target", "recorrupted", "--noise", measured(stages)]
+        flags = ["--target", "recorrupted", "--noise", spec if told else measured(stages)]
     if kind in ("scratch", "supervised"):
         flags += ["--context", method[-1]]
     else:
