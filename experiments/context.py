@@ -99,7 +99,9 @@ def through(args):
     stages = denoise.Stages(folder, folder / "noisy.h5", Namespace(**vars(args), effort=1.0))
     model = noise.known("gaussian", 6 / 255) | dict(through=[THROUGH, 0.0])
     told = {"joint": model, "ignored": noise.known("gaussian", 6 / 255)}
-    clean = data.read_volumes(args.data, "clean")
+    with data.open_file(args.data) as file:  # an import of clean images calls them noisy, as it cannot know
+        key = "clean" if "clean" in next(iter(file["volumes"].values())) else "noisy"
+    clean = data.read_volumes(args.data, key)
     with data.write_volumes(folder / "noisy.h5", "dataset", "noise", {}, like=args.data) as add:
         for k, (name, x) in enumerate(clean.items()):
             kept, noisy = add(name, x.shape, ["clean", "noisy"])

@@ -32,7 +32,8 @@ import noise
 from experiments import baselines, classical
 from lib import runtime
 
-METHODS = "nlm bm3d bm4d instant tuned instant_told tuned_told scratch0 scratch1 scratch2 scratch3 supervised0 supervised2".split()
+METHODS = ["nlm", "bm3d", "bm4d", "instant", "tuned", "instant_told", "tuned_told"]
+METHODS += ["scratch0", "scratch1", "scratch2", "scratch3", "supervised0", "supervised2"]
 
 
 def run_cell(folder, clean, spec, args):
