@@ -170,7 +170,8 @@ def tuned_recipe(stages):
     students = {"shipped network": start}
     if not stages.instant:
         steps = max(1, round(stages.args.effort * TUNING_STEPS))
-        learn(start, known, steps, "--crop", stages.crop(distill), "--lr", TUNING_RATE, name="tuned")
+        flags = ["--pred", stages.path(first), "--crop", stages.crop(distill), "--lr", TUNING_RATE]
+        learn(start, known, steps, *flags, name="tuned")
         students["tuned network"] = stages.path("tuned.pt")
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", known, "--json", stages.path("best.json")]
     flags += ["--model", *(f"{name}={path}" for name, path in students.items())]

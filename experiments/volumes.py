@@ -107,6 +107,7 @@ def trained(stages, method, spec):
         flags += ["--context", method[-1]]
     else:
         flags += ["--init", denoise.shipped(stages), "--lr", denoise.TUNING_RATE]
+        flags += ["--pred", stages.path("first_out.h5")] if kind == "tuned" else []
         steps = 0 if kind == "instant" else steps
     flags += [*stages.data, "--split", "test", "--ensemble", 1, "--steps", steps, *stages.common]
     stages.run(distill, *flags, out=f"{method}1_out.h5", model=f"{method}.pt")
