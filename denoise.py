@@ -190,7 +190,7 @@ def shipped(stages):
     """Path of the network in weights/ for the dataset: for volumes, or for single images."""
     noisy = data.read_volumes(stages.data[1], "noisy")
     context = data.choose_context(getattr(stages.args, "context", "auto"), noisy, "denoise")
-    return WEIGHTS[context]
+    return os.path.relpath(WEIGHTS[context])  # so that the commands which are printed name no folder of this machine
 
 
 def recorrupted_recipe(stages, estimate, rounds=1):
