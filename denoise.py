@@ -64,7 +64,7 @@ class Stages:
     effort. digest: says which data it is, anything that JSON can hold.
     """
 
-    sampling, instant = (), False  # flags for srds.py; whether nothing is to be trained
+    sampling = ()  # flags for srds.py
 
     def __init__(self, folder, dataset, args, digest=None):
         folder.mkdir(parents=True, exist_ok=True)
@@ -150,28 +150,27 @@ def blind_spot_estimate(stages):
     return stages.train(bsn, *flags, out="bsn_out.h5", model="bsn.pt")
 
 
+def learn(stages, start, noise_file, steps, *flags, name):
+    """Recorruption from a student on, told that noise; with 0 steps it is only told. Returns the name of its images."""
+    known = ["--target", "recorrupted", "--noise", noise_file, "--init", start, "--steps", steps, *flags]
+    return stages.run(distill, *stages.data, *known, *stages.common, out=f"{name}_out.h5", model=f"{name}.pt")
+
+
 def tuned_recipe(stages):
     """From a shipped network: it, what it becomes by learning from the noisy images, or the images as they are.
 
     best.json has the estimated PSNR of each. Returns (images, student) as the others.
     """
-    few = ["--ensemble", 1]
-
-    def learn(start, noise_file, steps, *flags, name):
-        known = ["--target", "recorrupted", "--noise", noise_file, "--init", start, "--steps", steps]
-        return stages.run(
-            distill, *stages.data, *known, *flags, *stages.common, out=f"{name}_out.h5", model=f"{name}.pt"
-        )
-
+    few, instant = ["--ensemble", 1], getattr(stages.args, "instant", False)
     stages.measure_noise("noise_first.json")
-    first = learn(shipped(stages), stages.path("noise_first.json"), 0, *few, name="instant")
+    first = learn(stages, shipped(stages), stages.path("noise_first.json"), 0, *few, name="instant")
     stages.measure_noise("noise.json", "--pred", stages.path(first))
     start, known = stages.path("instant.pt"), stages.path("noise.json")
     students = {"shipped network": start}
-    if not stages.instant:
+    if not instant:
         steps = max(1, round(stages.args.effort * TUNING_STEPS))
         flags = ["--pred", stages.path(first), "--crop", stages.crop(distill), "--lr", TUNING_RATE]
-        learn(start, known, steps, *flags, name="tuned")
+        learn(stages, start, known, steps, *flags, name="tuned")
         students["tuned network"] = stages.path("tuned.pt")
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", known, "--json", stages.path("best.json")]
     flags += ["--model", *(f"{name}={path}" for name, path in students.items())]
@@ -182,7 +181,7 @@ def tuned_recipe(stages):
     print(f"denoise: kept the {kept}: estimated PSNR {found[best]['psnr']:.2f} dB", flush=True)
     if best == "tuned network":
         return "tuned_out.h5", "tuned.pt"
-    learn(start, "none" if best == "noisy" else known, 0, *(few if stages.instant else []), name="shipped")
+    learn(stages, start, "none" if best == "noisy" else known, 0, *(few if instant else []), name="shipped")
     return "shipped_out.h5", "shipped.pt"
 
 
@@ -277,7 +276,6 @@ def train_on_files(args, jobs, work, problems):
     """Makes a dataset of the image files and trains on it. Returns (stages, name of the recipe)."""
     dataset, crop = work / "dataset.h5", bsn.PRESETS["fast"]["crop"]
     stages = Stages(work, dataset, args, [job.digest for job in jobs])
-    stages.instant = args.instant
 
     def write(argv):
         volumes = files.training_volumes(jobs, problems, crop, args.std)
@@ -373,7 +371,6 @@ def main(argv=None):
     if args.inputs:
         return denoise_files(args)
     stages = Stages(Path(args.out), args.data, args, data.fingerprints(args.data))
-    stages.instant = args.instant
     train(stages, args.recipe, args.rounds)
     report(stages)
 

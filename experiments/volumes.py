@@ -90,10 +90,9 @@ def measured(stages):
     """The noise, measured with the help of the shipped network as denoise.py does: the path of its file."""
     if not (stages.folder / "noise.json").exists():
         stages.measure_noise("noise_first.json")
-        first = ["--noise", stages.path("noise_first.json"), "--init", denoise.shipped(stages), "--steps", 0]
-        first += ["--target", "recorrupted", *stages.data, "--split", "train", "--ensemble", 1, *stages.common]
-        stages.run(distill, *first, out="first_out.h5", model="first.pt")
-        stages.measure_noise("noise.json", "--pred", stages.path("first_out.h5"))
+        start, known = denoise.shipped(stages), stages.path("noise_first.json")
+        first = denoise.learn(stages, start, known, 0, "--split", "train", "--ensemble", 1, name="first")
+        stages.measure_noise("noise.json", "--pred", stages.path(first))
     return stages.path("noise.json")
 
 
