@@ -1,4 +1,4 @@
-"""BM3D and BM4D, denoisers without training, from packages of their own, on the same files as the stages.
+"""Denoisers without training, from packages of their own, on the same files as the stages.
 
     In    knee.h5        volumes/<name>/noisy  (S,H,W) float32, about [0,1]
     Out   bm4d_out.h5    volumes/<name>/pred   (S,H,W) float32
@@ -8,8 +8,12 @@
 
     bm3d     slice by slice, block matching and 3D filtering (Dabov et al. 2007; `bm3d`, research licence)
     bm4d     the volume, the same with cubes (Maggioni et al. 2013; `bm4d`, research licence)
+    dipy     the volume, non-local means (Descoteaux et al. 2008; `dipy`: its method "classic", blocks of radius 5)
+    ants     the volume, adaptive non-local means (Manjon et al. 2010; `antspyx`: denoise_image as it comes)
 
-They are told the noise model: its level and its power spectrum. Noise that depends on intensity is made uniform first
+BM3D and BM4D are told the noise model: its level and its power spectrum; dipy is told its level, and ants finds it by
+itself. dipy's own default, "blockwise" (1.12), left T2-weighted slices worse than they came; ANTs for "Rician" noise,
+its default, was a dB better on Gaussian noise than for "Gaussian". Noise that depends on intensity is made uniform first
 and the result transformed back: Poisson noise by Anscombe's transform with its exact unbiased inverse (Makitalo & Foi
 2011, closed form), other models by the integral of 1 / standard deviation. Install the packages with
 `pip install -r experiments/requirements.txt`; each is imported only when it is used.
@@ -24,13 +28,14 @@ import measure
 import noise
 from lib import runtime
 
-METHODS = ("bm3d", "bm4d")
+METHODS = {"bm3d": "bm3d", "bm4d": "bm4d", "dipy": "dipy.denoise.nlmeans", "ants": "ants"}
+MARGIN = 6  # voxels of mirrored image around it for dipy, which leaves the borders as they are
 
 
 def load(method):
     """The module of a method's package; raises ValueError with one line if it is not installed."""
     try:
-        return importlib.import_module(method)
+        return importlib.import_module(METHODS[method])
     except ImportError as error:
         how = "pip install -r experiments/requirements.txt"
         raise ValueError(f"--method {method} needs a package of its own ({error}): {how}") from None
@@ -72,6 +77,12 @@ def denoise_volume(method, volume, noise_model):
     power = noise.spectrum(noise_model, *y.shape[1:]) * y[0].size  # their unit: |DFT|^2 of the noise
     if method == "bm3d":
         out = np.stack([package.bm3d(image, 1.0 if white else power) for image in z])
+    elif method == "dipy":
+        padded, inner = np.pad(z, MARGIN, "symmetric"), np.s_[MARGIN:-MARGIN,] * 3
+        flags = dict(patch_radius=1, block_radius=5, rician=False, method="classic", num_threads=1)
+        out = package.nlmeans(padded.T, sigma=1.0, mask=np.ones(padded.T.shape), **flags).T[inner]
+    elif method == "ants":
+        out = package.denoise_image(package.from_numpy(z.T.astype(np.float32))).numpy().T
     else:
         out = package.bm4d(z, 1.0 if white else np.broadcast_to(power * len(y), y.shape).copy())
     return inverse(np.asarray(out).reshape(y.shape))[:count].astype(np.float32)

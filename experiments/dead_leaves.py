@@ -28,7 +28,7 @@ def texture(rng, shape):
     """Pattern (S,H,W) of deviation about 1: noise of spectrum 1 / f^beta, or its level lines; repeats at its ends."""
     f = np.sqrt(sum(np.square(v) for v in np.meshgrid(*map(np.fft.fftfreq, shape), indexing="ij", sparse=True)))
     f[0, 0, 0] = 1
-    folded = rng.random() < 0.4  # bright and dark bands that wind, as the folds of a brain or the beams of a bone do
+    folded = rng.random() < 0.5  # bright and dark bands that wind, as the folds of a brain or the beams of a bone do
     field = np.fft.ifftn(np.fft.fftn(rng.standard_normal(shape)) * f ** -rng.uniform(*(2, 3.5) if folded else (0.5, 2)))
     field = (field.real - field.real.mean()) / field.real.std()
     return (np.tanh(rng.uniform(1, 8) * np.sin(rng.uniform(2, 8) * field)) if folded else field).astype(np.float32)
@@ -122,6 +122,8 @@ def dead_leaves(rng, slices=7, side=128):
     if rng.random() < 0.3:
         volume = zero_filled(volume, rng.uniform(0.6, 1))
     volume -= volume.min()
+    if rng.random() < 0.2:
+        volume *= body(rng, shape, thickness) > 0.5  # cut out by hand: a border of no width, as of a skull-stripped head
     return volume / max(float(volume.max()), 1e-3)
 
 

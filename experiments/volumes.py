@@ -8,7 +8,7 @@
 
 HEAD.h5 holds clean images (data.py import). Methods (--methods):
 
-    nlm bm3d bm4d           told the true noise; no training
+    nlm bm3d bm4d dipy ants   told the true noise (ants finds it by itself); no training
     instant, tuned          denoise.py: a network of weights/, and what it has learned from the noisy images
     instant_told, tuned_told   the same, told the true noise as those above
     scratch0 1 2 3          a new student by recorruption, with so many slices on each side
@@ -32,7 +32,7 @@ import noise
 from experiments import baselines, classical
 from lib import runtime
 
-METHODS = ["nlm", "bm3d", "bm4d", "instant", "tuned", "instant_told", "tuned_told"]
+METHODS = ["nlm", "bm3d", "bm4d", "dipy", "ants", "instant", "tuned", "instant_told", "tuned_told"]
 METHODS += ["scratch0", "scratch1", "scratch2", "scratch3", "supervised0", "supervised2"]
 
 
@@ -45,7 +45,7 @@ def run_cell(folder, clean, spec, args):
     preds = {}
     for method in args.methods:
         stages.changed = False  # the methods do not depend on each other
-        preds |= (classic if method in ("nlm", "bm3d", "bm4d") else trained)(stages, method, spec)
+        preds |= (classic if method in ("nlm", *classical.METHODS) else trained)(stages, method, spec)
     named = [f"{name}={stages.path(file)}" for name, file in preds.items()]
     found = folder / "cell.json"
     known = json.loads(found.read_text()) if found.exists() else {}
