@@ -13,9 +13,9 @@
 
 BM3D and BM4D are told the noise model: its level and its power spectrum; dipy is told its level, and ants finds it by
 itself. dipy's own default, "blockwise" (1.12), left T2-weighted slices worse than they came; ANTs for "Rician" noise,
-its default, was a dB better on Gaussian noise than for "Gaussian". Noise that depends on intensity is made uniform first
-and the result transformed back: Poisson noise by Anscombe's transform with its exact unbiased inverse (Makitalo & Foi
-2011, closed form), other models by the integral of 1 / standard deviation. Install the packages with
+its default, was a dB better on Gaussian noise than for "Gaussian". Noise that depends on intensity is made uniform
+first and the result transformed back: Poisson noise by Anscombe's transform with its exact unbiased inverse (Makitalo &
+Foi 2011, closed form), other models by the integral of 1 / standard deviation. Install the packages with
 `pip install -r experiments/requirements.txt`; each is imported only when it is used.
 """
 

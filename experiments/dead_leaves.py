@@ -123,7 +123,7 @@ def dead_leaves(rng, slices=7, side=128):
         volume = zero_filled(volume, rng.uniform(0.6, 1))
     volume -= volume.min()
     if rng.random() < 0.2:
-        volume *= body(rng, shape, thickness) > 0.5  # cut out by hand: a border of no width, as of a skull-stripped head
+        volume *= body(rng, shape, thickness) > 0.5  # a border of no width, as of a skull-stripped head
     return volume / max(float(volume.max()), 1e-3)
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TINY, ellipses, make_dataset, ok, run
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
+from test_formats import dicom
 from test_measure import phantom
 
 import data
@@ -224,3 +225,18 @@ def test_files_with_neighbours(tmp_path):
         expected = denoise(stack)[0, 0].numpy() * (high - low) + low
         np.testing.assert_allclose(out[s], expected, atol=2e-3)
     assert np.std(out - y) > 0.005 and not (tmp_path / "clean/single.npy").exists()
+
+
+def test_planes_of_a_localizer_are_no_neighbours(tmp_path):
+    """A series of three orientations is three volumes; slices follow each other by position, whatever their names."""
+    planes = [[1, 0, 0, 0, 1, 0], [1, 0, 0, 0, 0, -1], [0, 1, 0, 0, 0, -1]]
+    across = [np.cross(p[:3], p[3:]) for p in planes]
+    for k in range(9):
+        at = [float(v) for v in across[k % 3] * 5 * ((4 * (k // 3)) % 3)]
+        tags = dict(ImageOrientationPatient=planes[k % 3], ImagePositionPatient=at, InstanceNumber=k)
+        dicom(tmp_path / f"{k}.dcm", np.full((20, 20), 100 * k, "u2"), k, **tags)
+    items, problems = formats.find([tmp_path])
+    assert not problems and sorted(len(item.files) for item in items) == [3, 3, 3]
+    for item in items:
+        numbers = formats.read(item)[0].slices[:, 0, 0] // 100
+        assert set(numbers % 3) == {numbers[0] % 3} and list((4 * (numbers // 3)) % 3) == [0, 1, 2]

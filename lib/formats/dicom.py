@@ -39,7 +39,7 @@ def quiet():
 
 @quiet()
 def series(paths):
-    """Groups files by SeriesInstanceUID and image size, without reading pixels.
+    """Groups files by SeriesInstanceUID, image size and orientation, without reading pixels.
 
     Returns ([tuple of the files of one series, sorted by `position`], [str: which file is left out, and why]).
     """
@@ -53,7 +53,8 @@ def series(paths):
             if "Rows" not in ds:
                 problems.append(f"{path} is DICOM without an image")
                 continue
-            key = str(ds.get("SeriesInstanceUID", path.parent)), int(ds.Rows), int(ds.Columns)
+            turned = [round(float(v), 2) for v in ds.get("ImageOrientationPatient") or ()]  # a localizer has three
+            key = str(ds.get("SeriesInstanceUID", path.parent)), int(ds.Rows), int(ds.Columns), *turned
             members.setdefault(key, []).append((position(ds), path))
         except Exception as error:  # pydicom raises many kinds on damaged files
             problems.append(f"{path} cannot be read as DICOM: {type(error).__name__}")
