@@ -1,9 +1,8 @@
 """Stage 1: the blind-spot network, a first estimate x_c of the clean image from noisy images alone (Sec. 3.4).
 
-Each pixel is predicted from its surroundings and never from itself (J-invariance). If the noise of a pixel is
-independent of the noise around it, it cannot be predicted: a network that learns to predict the *noisy* pixel (L1 or
-L2 distance to the input itself) learns the clean one. The network is PUCA's (Jang et al. 2023): masked convolution,
-dilated NAF blocks, patch-unshuffle U shape.
+Each pixel is predicted from its surroundings and never from itself (J-invariance). Noise that is
+independent of what is around it cannot be predicted: a network that learns the *noisy* pixel learns the clean one. The
+network is PUCA's (Jang et al. 2023): masked convolution, dilated NAF blocks, patch-unshuffle U shape.
 
     In    knee.h5      volumes/<name>/noisy  (S,H,W) float32, about [0,1], H and W >= 16
     Out   bsn_out.h5   volumes/<name>/pred   (S,H,W) float32, about [0,1]: the condition x_c
@@ -15,15 +14,12 @@ dilated NAF blocks, patch-unshuffle U shape.
     python bsn.py --data other.h5 --predict --model bsn.pt --out other_bsn.h5
 
 Symbols: y is the noisy image (the paper's x'), x_c the prediction. Two things differ from the published PUCA, and keep
-the blind spot exact: a convolution dilated by d is an ordinary one on the d*d subsampled images (the same arithmetic,
-and faster), and channel attention pools each of those by itself, since pooling over all lets a pixel see itself.
-`--preset paper` has the published widths and depths.
+the blind spot exact: a convolution dilated by d is an ordinary one on the d*d subsampled images (the same, faster), and
+channel attention pools each of those by itself, since pooling over all lets a pixel see itself.
 
 With --context K the network also sees K slices on each side, at the same place too, as long as the noise is independent
-from slice to slice; where it is not, --hole all makes the same hole in all of them.
-
-`--arch lgbpn` takes the network of LG-BPN (Wang et al. 2023): a branch of dilated convolutions for detail and one of
-channel attention for what lies farther away, made exactly blind in the same way.
+from slice to slice; where it is not, --hole all makes the same hole in all of them. `--arch lgbpn` is LG-BPN (Wang et
+al. 2023): a branch of dilated convolutions and one of channel attention, made exactly blind in the same way.
 """
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -365,9 +361,9 @@ def train(args, checkpoint=None):
     """
     noisy = data.read_volumes(args.data, "noisy", "train")
     data.check_crop(noisy, args.crop)
-    if checkpoint and (args.loss == "nll") != checkpoint["model_args"].get("deviation", False):
-        raise ValueError(f"{args.model} was trained with another --loss than {args.loss}: it cannot resume")
     model_args = checkpoint["model_args"] if checkpoint else new_model_args(args, noisy)
+    if (args.loss == "nll") != model_args.get("deviation", False):
+        raise ValueError(f"{args.model} was trained with another --loss than {args.loss}: it cannot resume")
     torch.manual_seed(args.seed)
     network, inputs = build_network(**model_args), dict(data=data.fingerprints(args.data))
     run = training.Training("bsn", args, checkpoint, network, model_args=model_args, inputs=inputs)
@@ -390,21 +386,29 @@ def hidden_offsets(rows, stride):
     return np.stack([k // stride, k % stride], -1)
 
 
-@torch.inference_mode()
-def predict(args):
-    """Writes the prediction for every volume of args.data, with the EMA weights of args.model, to args.out."""
-    device = runtime.pick_device(args.device)
-    network, checkpoint = training.load_network(build_network, args.model, "bsn", device)
-    context = checkpoint["model_args"].get("context", 0)
-    stride = network.stride
+def estimator(path, device="auto", precision="auto"):
+    """The network of a checkpoint: callable, (B,2 context + 1,H,W) noisy to (B,1,H,W), or (B,2,H,W) with its std."""
+    device = runtime.pick_device(device)
+    network, checkpoint = training.load_network(build_network, path, "bsn", device)
 
     def forward(y):
-        with runtime.autocast(device, args.precision):
+        with runtime.autocast(device, precision):
             out = network(y.to(device, memory_format=torch.channels_last)).float().cpu()
         return torch.cat([out[:, :1], out[:, 1:].clamp(min=-5).exp() / 10], 1)
 
-    def denoise(y, *_):
+    @torch.inference_mode()
+    def estimate(y, *_):
         return data.tiled(forward, y, 1024, 256)
+
+    estimate.context, estimate.stride = checkpoint["model_args"].get("context", 0), network.stride
+    estimate.keys = ["pred", "std"][: network.tail[-1].out_channels]
+    return estimate
+
+
+def predict(args):
+    """Writes the prediction for every volume of args.data, with the EMA weights of args.model, to args.out."""
+    denoise, attrs = estimator(args.model, args.device, args.precision), {}
+    context, stride, keys = denoise.context, denoise.stride, denoise.keys
 
     def with_hidden(y, name, rows):
         outputs = [denoise(y)]
@@ -417,9 +421,8 @@ def predict(args):
 
     noisy = data.read_volumes(args.data, "noisy", args.split, data.TO_PREDICT)
     data.choose_context(context, noisy)
-    keys, attrs = ["pred", "std"][: network.tail[-1].out_channels], {}
     if args.hidden:
-        keys.append(("hidden", HIDDEN))
+        keys = [*keys, ("hidden", HIDDEN)]
         period = hidden_offsets(slice(0, stride**2 // HIDDEN), stride).transpose(1, 0, 2)  # then they repeat
         attrs = dict(hidden_stride=stride, hidden_offsets=period)
     work = with_hidden if args.hidden else denoise

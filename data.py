@@ -29,13 +29,14 @@ import numpy as np
 import torch
 
 from lib import files, runtime
-from lib.crops import around, check_crop, choose_context, random_crops, read_around, rms_difference, tiled  # noqa: F401
+from lib.crops import around, check_crop, likeness, random_crops, read_around, rms_difference, tiled  # noqa: F401
 
 FORMAT, VERSION = "diffdenoise", 1
 SPLITS = ("train", "val", "test")
 ROOM = 1 << 20  # bytes for all that a file holds besides its arrays
 IN_MEMORY = 4 << 30  # bytes; larger datasets are read slice by slice
 TO_PREDICT = 64 << 20  # the same where every slice is read once
+ALIKE = 0.3  # correlation of details from which on neighbouring slices show the same thing
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -210,6 +211,28 @@ def write_volumes(path, kind, stage, args=None, like=None, noise=None):
             file.flush()
             size = file.id.get_filesize()
         os.truncate(temporary, size)
+
+
+def choose_context(text, volumes, stage=None):
+    """How many slices on each side --context means: a number, or `auto`: 2 for volumes {name: (S,H,W)}, else 0.
+
+    stage: whose choice it is; `auto` says what it chose, and why. Raises ValueError if neighbours are asked for and a
+    volume has none.
+    """
+    fewest = min(volume.shape[0] for volume in volumes.values())
+    if text != "auto":
+        if text and fewest < 2:
+            raise ValueError(f"--context {text}: a volume has {fewest} slice: it has no neighbours")
+        return text
+    if fewest < 3:
+        context, why = 0, f"a volume has only {fewest} slice{'s' * (fewest > 1)}"
+    else:
+        alike = min(likeness(volume) for volume in itertools.islice(volumes.values(), 16))
+        context, why = 2 if alike > ALIKE else 0, f"details of neighbouring slices correlate by {alike:.2f}"
+        why += "" if context else ": they are not of one volume"
+    if stage:
+        runtime.print_once(f"{stage}: {context} neighbouring slices on each side ({why})")
+    return context
 
 
 # ---------------------------------------------------------------------------------------------------------------

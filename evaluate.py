@@ -36,10 +36,12 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.stats import wilcoxon
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
+import bsn
 import data
 import distill
 import measure
 import noise
+import srds
 from lib import runtime
 
 TOO_LITTLE, TOO_MUCH, STRUCTURE, CORRELATION = 0.45, 1.15, 0.2, 0.2
@@ -248,12 +250,19 @@ def report_without_reference(path, preds, split, noise_model):
     return results
 
 
-def report_estimates(args, students, noise_model):
-    """Prints and returns {name: {"psnr", "sd", "noisy"}} of {name: student.pt}, and of the noisy images themselves."""
+def runnable(text, ensemble, told):
+    """The denoiser (B,2k+1,H,W) to (B,1,H,W) of student.pt, or of bsn.pt+diffusion.pt: the SRDS pair of the two."""
+    path, _, diffusion = text.partition("+")
+    if diffusion:
+        return srds.chain(bsn.estimator(path), srds.sampler(diffusion))
+    return distill.student(path, ensemble=ensemble, told=told)
+
+
+def report_estimates(args, models, noise_model):
+    """Prints and returns {name: {"psnr", "sd", "noisy"}} of {name: model}, and of the noisy images themselves."""
     noisy, results = data.read_volumes(args.data, "noisy", args.split), {}
-    for name, path in students.items():
-        denoise = distill.student(path, ensemble=args.ensemble, told=(noise_model, noisy))
-        results[name] = estimate(denoise, noisy, noise_model)
+    for name, path in models.items():
+        results[name] = estimate(runnable(path, args.ensemble, (noise_model, noisy)), noisy, noise_model)
     results["noisy"] = dict(psnr=results[name]["noisy"], sd=0.0)
     print("| method | estimated PSNR, dB |\n|---|---|")
     for name, found in results.items():
@@ -333,7 +342,7 @@ def main(argv=None):
     p.add_argument("--split", choices=splits, default="test", help="the slices to evaluate (default test)")
     p.add_argument("--calibration", action="store_true", help="how well `std` of the predictions tells their error")
     p.add_argument("--no-reference", action="store_true", help="what can be told without clean images")
-    run = "with --no-reference: students (.pt) to run, for their estimated PSNR"
+    run = "with --no-reference: student.pt, or bsn.pt+diffusion.pt, to run, for their estimated PSNR"
     p.add_argument("--model", nargs="*", default=[], metavar="[NAME=]FILE", help=run)
     p.add_argument("--ensemble", type=int, choices=(1, 8), default=1, help="of these students (default 1)")
     p.add_argument("--noise", default="measured", help=f"with --no-reference: {measure.NOISE_HELP}")

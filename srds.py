@@ -95,38 +95,71 @@ def warn_of_other_data(args, checkpoint):
         runtime.print_once(f"srds: note: volume {changed[0]!r} of {args.cond} is not what {args.model} was trained on")
 
 
-@torch.inference_mode()
-def predict(args):
-    """Samples every slice of args.cond (of one split, if asked) and writes args.out."""
-    device = runtime.pick_device(args.device)
-    network, checkpoint = training.load_network(diffusion.UNet, args.model, "diffusion", device)
-    extra = checkpoint["extra"]
+def sampler(path, mode="pair", pairs=1, steps=None, device="auto", precision="auto"):
+    """The sampler of a checkpoint: callable (c, noise) to (B,1,H,W) images about [0,1], or (B,2,H,W) with their std.
+
+    c (B,2k+1,H,W): conditions; noise(k): the k-th starting noise (B,1,H,W). Attributes: context k, steps, checkpoint.
+    Raises ValueError for a checkpoint that cannot be sampled, or a number of steps that there is not.
+    """
+    device = runtime.pick_device(device)
+    network, checkpoint = training.load_network(diffusion.UNet, path, "diffusion", device)
+    extra, context = checkpoint["extra"], checkpoint["model_args"].get("context", 0)
     if extra["predict"] == "eps-direct" or extra.get("augment"):
-        raise ValueError(f"{args.model} is eps-direct or augmented: commit 4aced76 was the last to sample those")
-    abar, steps = diffusion.alpha_bar(extra["T"]), args.steps or extra["sampling_steps"]
+        raise ValueError(f"{path} is eps-direct or augmented: commit 4aced76 was the last to sample those")
+    abar, steps = diffusion.alpha_bar(extra["T"]), steps or extra["sampling_steps"]
     timesteps(len(abar), steps)
-    conditions = data.read_volumes(args.cond, "pred", args.split, data.TO_PREDICT)
-    context = checkpoint["model_args"].get("context", 0)
-    data.choose_context(context, conditions)
-    warn_of_other_data(args, checkpoint)
-    runtime.print_once(f"srds: EMA weights of {args.model}, step {checkpoint['step']}; {args.mode}, {steps} steps")
-    eps_model = diffusion.eps_model(network, abar)
-    target, std = extra["target"], extra["std"]
+    eps_model, target, std = diffusion.eps_model(network, abar), extra["target"], extra["std"]
 
-    def sample_batch(c, name, rows):
-        def noise(k):
-            seeds = [(args.seed, zlib.crc32(name.encode()), s, k) for s in range(rows.start, rows.stop)]
-            drawn = [runtime.gaussian(runtime.step_rng(*seed), 1, *c.shape[2:]) for seed in seeds]
-            return torch.stack(drawn).to(device)
-
+    @torch.inference_mode()
+    def draw(c, noise):
         c = c.to(device)
-        with runtime.autocast(device, args.precision):
-            mean, spread = sample(eps_model, diffusion.scaled(c), noise, abar, args.mode, args.pairs, steps)
+        with runtime.autocast(device, precision):
+            c_x, start = diffusion.scaled(c), lambda k: noise(k).to(device)
+            mean, spread = sample(eps_model, c_x, start, abar, mode, pairs, steps)
         mean = diffusion.to_image(mean, c[:, context, None], target, std)
         return mean if spread is None else torch.cat([mean, spread * diffusion.unit(target, std)], 1)
 
-    keys = ["pred", "std"] if args.mode == "pair" else ["pred"]
-    data.write_predictions(args, "srds", args.cond, conditions, sample_batch, keys, batch=args.batch, context=context)
+    draw.context, draw.steps, draw.checkpoint = context, steps, checkpoint
+    return draw
+
+
+def chain(estimate, draw, seed=0):
+    """Blind-spot network and sampler as one denoiser: callable, (B,2k+1,H,W) noisy to (B,1,H,W).
+
+    estimate: of bsn.estimator; draw: of `sampler`. The starting noise is the same in every call: the result is a
+    function of the noisy image alone, whose error Stein's estimate tells (evaluate.estimate).
+    """
+    inner = 2 * estimate.context + 1
+
+    def denoise(y):
+        views = [y[:, k : k + inner] for k in range(2 * draw.context + 1)]
+        c = torch.cat([estimate(view)[:, :1] for view in views], 1)
+        return draw(c, lambda k: starting_noise([(seed, 0, j, k) for j in range(len(y))], c.shape[2:]))[:, :1].cpu()
+
+    denoise.context = estimate.context + draw.context
+    return denoise
+
+
+def starting_noise(seeds, size):
+    """Standard normal (B,1,H,W), each image from a generator of its own."""
+    return torch.stack([runtime.gaussian(runtime.step_rng(*seed), 1, *size) for seed in seeds])
+
+
+def predict(args):
+    """Samples every slice of args.cond (of one split, if asked) and writes args.out."""
+    draw = sampler(args.model, args.mode, args.pairs, args.steps, args.device, args.precision)
+    conditions = data.read_volumes(args.cond, "pred", args.split, data.TO_PREDICT)
+    data.choose_context(draw.context, conditions)
+    warn_of_other_data(args, draw.checkpoint)
+    step = draw.checkpoint["step"]
+    runtime.print_once(f"srds: EMA weights of {args.model}, step {step}; {args.mode}, {draw.steps} steps")
+
+    def sample_batch(c, name, rows):
+        first, numbers = zlib.crc32(name.encode()), range(rows.start, rows.stop)
+        return draw(c, lambda k: starting_noise([(args.seed, first, s, k) for s in numbers], c.shape[2:]))
+
+    keep = dict(keys=["pred", "std"] if args.mode == "pair" else ["pred"], batch=args.batch, context=draw.context)
+    data.write_predictions(args, "srds", args.cond, conditions, sample_batch, **keep)
 
 
 # ---------------------------------------------------------------------------------------------------------------

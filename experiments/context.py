@@ -128,7 +128,7 @@ def auto(args):
         for volume in formats.read(item):
             values = files.normalize(volume)[0]
             alike = f"{crops.likeness(values):.2f}" if len(values) > 2 else ""
-            chosen = crops.choose_context("auto", {volume.name: values})
+            chosen = data.choose_context("auto", {volume.name: values})
             print(f"| {item.files[0].name} | {volume.name} | {'x'.join(map(str, values.shape))} | {alike} | {chosen} |")
     print("\n".join(problems))
 

@@ -6,10 +6,6 @@ import numpy as np
 import torch
 from scipy.ndimage import gaussian_filter
 
-from lib import runtime
-
-ALIKE = 0.3  # correlation of details from which on neighbouring slices show the same thing
-
 
 def check_crop(volumes, size):
     """Raises ValueError if a volume is smaller than the crop."""
@@ -55,28 +51,6 @@ def likeness(volume):
         one, other = detail[:, ::3, ::3]
         products += (one * other).sum(), (one * one).sum(), (other * other).sum()
     return float(products[0] / max(products[1] * products[2], 1e-30) ** 0.5)
-
-
-def choose_context(text, volumes, stage=None):
-    """How many slices on each side --context means: a number, or `auto`: 2 for volumes {name: (S,H,W)}, else 0.
-
-    stage: whose choice it is; `auto` says what it chose, and why. Raises ValueError if neighbours are asked for and a
-    volume has none.
-    """
-    fewest = min(volume.shape[0] for volume in volumes.values())
-    if text != "auto":
-        if text and fewest < 2:
-            raise ValueError(f"--context {text}: a volume has {fewest} slice: it has no neighbours")
-        return text
-    if fewest < 3:
-        context, why = 0, f"a volume has only {fewest} slice{'s' * (fewest > 1)}"
-    else:
-        alike = min(likeness(volume) for volume in itertools.islice(volumes.values(), 16))
-        context, why = 2 if alike > ALIKE else 0, f"details of neighbouring slices correlate by {alike:.2f}"
-        why += "" if context else ": they are not of one volume"
-    if stage:
-        runtime.print_once(f"{stage}: {context} neighbouring slices on each side ({why})")
-    return context
 
 
 def random_crops(stacks, batch, size, rng, rank=0, world=1, contexts=None):

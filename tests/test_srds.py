@@ -1,5 +1,7 @@
 """Stage 3: DDIM agrees with diffusers and with the exact Gaussian case; SRDS cancels what is odd."""
 
+import json
+
 import diffusers
 import h5py
 import numpy as np
@@ -7,10 +9,11 @@ import pytest
 import torch
 from conftest import ok
 
-from bsn import PUCA
+from bsn import PUCA, estimator
 from diffusion import alpha_bar
 from distill import NAFNet, ResUNet
-from srds import ddim, srds, timesteps
+from evaluate import score
+from srds import chain, ddim, sampler, srds, timesteps
 
 
 def gaussian_score(abar, mean, sd):
@@ -136,3 +139,16 @@ def test_modes(made):
     assert not arrays(made / "zero.h5", "std") and not arrays(made / "single.h5", "std")
     std = arrays(made / "pair.h5", "std")["v1"]
     assert (std >= 0).all() and std.mean() > 1e-3 and not np.array_equal(std[0], std[1])
+
+
+def test_chain_is_what_the_files_hold_and_its_error_can_be_estimated(made, tmp_path):
+    """bsn.pt+diffusion.pt as one denoiser: a function of the noisy image; its estimated PSNR is near the true one."""
+    denoise = chain(estimator(made / "bsn.pt"), sampler(made / "diffusion.pt"))
+    y = torch.rand(2, 2 * denoise.context + 1, 40, 48)
+    assert torch.equal(denoise(y), denoise(y)) and denoise(y).shape == (2, 1, 40, 48)
+    flags = ["--data", made / "knee.h5", "--noise", "gaussian:6/255", "--json", tmp_path / "found.json"]
+    model = f"pair={made / 'bsn.pt'}+{made / 'diffusion.pt'}"
+    ok("evaluate", "--no-reference", *flags, "--model", model, cwd=tmp_path)
+    found = json.loads((tmp_path / "found.json").read_text())["pair"]
+    true = score(made / "knee.h5", made / "srds_out.h5", "test")["psnr"]
+    assert abs(found["psnr"] + 10 * np.log10(np.mean(10 ** (-true / 10)))) < 0.5
