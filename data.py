@@ -29,7 +29,16 @@ import numpy as np
 import torch
 
 from lib import files, runtime
-from lib.crops import around, check_crop, likeness, random_crops, read_around, rms_difference, tiled  # noqa: F401
+from lib.crops import (  # noqa: F401
+    around,
+    check_crop,
+    likeness,
+    mean_over_symmetries,
+    random_crops,
+    read_around,
+    rms_difference,
+    tiled,
+)
 
 FORMAT, VERSION = "diffdenoise", 1
 SPLITS = ("train", "val", "test")

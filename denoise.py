@@ -18,15 +18,15 @@ It runs the stages one after the other and prints, before each, the command that
               images as they are, the one of least estimated error is kept. --instant stops before the learning
     scratch   a new student by recorruption; the noise is measured with a blind-spot network and the posterior update
     paper     blind-spot network, diffusion, SRDS, student of the SRDS mean: Demir, Liu et al.; needs no noise model
-    auto      tuned; paper if the images were stored as JPEG, for which no noise model holds; scratch for what only it
-              has: --std, and --context other than 0 and 2 (default)
+    auto      tuned; paper if the images were stored as JPEG, for which no noise model holds; scratch for a --context
+              other than 0 and 2 (default)
 
 --rounds N repeats scratch or paper from its own result (the paper's Table 4): the denoised images are the next round's
 condition, or the prediction with which the noise is measured again.
 
-Up to 64 million pixels of the image files are trained on, chosen at random, and all of them with --std; every file is
-denoised. An interrupted run, started again, goes on where it stopped; if the data changed, all stages run again. What
-cannot be read or written is named in a line and left out; the rest goes on, and the exit code is 1.
+Up to 64 million pixels of the image files are trained on, chosen at random; every file is denoised. An interrupted run,
+started again, goes on where it stopped; if the data changed, all stages run again. What cannot be read or written is
+named in a line and left out; the rest goes on, and the exit code is 1.
 """
 
 import json
@@ -37,8 +37,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-import numpy as np
 
 import bsn
 import data
@@ -237,8 +235,6 @@ def choose_recipe(stages, recipe):
     recipe, why = "tuned", ""
     if stages.measure_noise("noise_first.json")["compressed"]:
         recipe, why = "paper", ": the images were stored as JPEG"
-    elif getattr(stages.args, "std", False):
-        recipe, why = "scratch", ": only its posterior update knows the uncertainty (--std)"
     elif getattr(stages.args, "context", "auto") not in ("auto", *WEIGHTS):
         recipe, why = "scratch", f": weights/ has networks of context {' and '.join(map(str, WEIGHTS))}"
     print(f"denoise: recipe {recipe}{why}", flush=True)
@@ -278,32 +274,29 @@ def train_on_files(args, jobs, work, problems):
     stages = Stages(work, dataset, args, [job.digest for job in jobs])
 
     def write(argv):
-        volumes = files.training_volumes(jobs, problems, crop, args.std)
+        volumes = files.training_volumes(jobs, problems, crop)
         data.write_dataset(dataset, volumes, [1.0, 0, 0], {})
 
     imported = ["import", *map(str, args.inputs), "--split", "train", "--out", str(dataset)]
-    stages.once(write, ["--std"] if args.std else [], dataset.name, f"python data.py {shlex.join(imported)}")
+    stages.once(write, [], dataset.name, f"python data.py {shlex.join(imported)}")
     return stages, train(stages, args.recipe, args.rounds)
 
 
 def denoise_files(args):
     """Image files in, files of the same kind out, by args.model or by a student trained on them. Returns exit code."""
-    out, stages, std = Path(args.out), None, None
-    if args.model and args.std:
-        raise ValueError("--std comes from the posterior update of a training run: a student alone does not know it")
+    out, stages, std = Path(args.out), None, args.std
     model_path = Path(args.model) if args.model else out / "diffdenoise" / "student.pt"
     options = args.device, args.precision, args.memory, args.ensemble or (1 if args.model or args.instant else 8)
-    student = distill.student(model_path, *options) if args.model else None
+    student = distill.student(model_path, *options, std=std) if args.model else None
     jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, args.std)
     work = out / "diffdenoise"
     work.mkdir(parents=True, exist_ok=True)
     if not args.model:
         stages, recipe = train_on_files(args, jobs, work, problems)
-        if args.std and recipe == "scratch":
-            std = deviations(work)
-        elif args.std:
-            problems.append("--std: only the recipe scratch knows the uncertainty, by its posterior update")
-        student = distill.student(model_path, *options)
+        if std and recipe == "paper":
+            std = False
+            problems.append("--std: the recipe paper has no noise model, from which the uncertainty would follow")
+        student = distill.student(model_path, *options, std=std)
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}"
     written, kept = files.denoise_files(jobs, student, method, work, problems, args.force, std)
     if stages:
@@ -313,23 +306,6 @@ def denoise_files(args):
         print(f"denoise.py: left out: {problem}", file=sys.stderr)
     print(f"{written} files written to {out}, {kept} were there already, {len(problems)} left out")
     return 1 if problems else 0
-
-
-def deviations(work):
-    """Callable (job number, volumes) to the posterior's standard deviations in the units of the volumes.
-
-    0 for volumes that were not trained on: constant, or too small.
-    """
-    std, attrs = data.read_volumes(work / "posterior_out.h5", "std"), data.read_attrs(work / "posterior_out.h5")[1]
-
-    def of_job(k, volumes):
-        names = [f"{k:05d}-{j}" for j in range(len(volumes))]
-        return [
-            np.asarray(std[name][:]) * abs(attrs[name]["scale"]) if name in std else np.zeros(volume.slices.shape, "f4")
-            for name, volume in zip(names, volumes)
-        ]
-
-    return of_job
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -358,8 +334,8 @@ def main(argv=None):
         raise ValueError("give image files or folders, or --data, or --demo")
     if args.data and (args.model or args.std or args.force or args.key or args.acquisition):
         raise ValueError("--model, --std, --force, --key and --acquisition are for image files, not for --data")
-    if args.instant and (args.model or args.std or args.recipe not in ("auto", "tuned")):
-        raise ValueError("--instant is for the recipe tuned, without --model and --std")
+    if args.instant and (args.model or args.recipe not in ("auto", "tuned")):
+        raise ValueError("--instant is for the recipe tuned, without --model")
     if not args.effort > 0:
         raise ValueError(f"--effort {args.effort:g} is not positive")
     args.out = args.out or ("demo" if args.demo else "denoised")

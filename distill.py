@@ -12,7 +12,7 @@ noise is not independent, recorruption adds noise with the same correlation to a
     In    knee.h5         volumes/<name>/noisy  (S,H,W) float32, about [0,1]
           srds_out.h5     volumes/<name>/pred   (S,H,W) float32; any prediction file made from knee.h5
     Out   student.pt      checkpoint: EMA weights, model arguments, noise model
-          distill_out.h5  volumes/<name>/pred   (S,H,W) float32: the denoised images
+          distill_out.h5  volumes/<name>/pred   (S,H,W) float32: the denoised images; with --std their uncertainty
 
     python distill.py --data knee.h5 --target srds_out.h5                      # trains student.pt, then predicts
     python distill.py --data new.h5 --predict --model student.pt --out new_out.h5
@@ -223,16 +223,6 @@ def unchanged(y):
     return y[:, y.shape[1] // 2, None]
 
 
-def mean_over_symmetries(function, y):
-    """Mean of function(y) over the eight flips and quarter turns of y (B,C,H,W), each undone; (B,n,H,W)."""
-    total = 0
-    for turned in (y, y.transpose(2, 3)):
-        for flips in ((), (2,), (3,), (2, 3)):
-            out = function(turned.flip(flips)).flip(flips)
-            total = total + (out if turned is y else out.transpose(2, 3))
-    return total / 8
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # train and predict
 # ---------------------------------------------------------------------------------------------------------------
@@ -366,12 +356,14 @@ def tiling(checkpoint, memory):
     return max(2 * overlap + 128, int((memory / 3 / bytes_per_pixel) ** 0.5) // 32 * 32), overlap
 
 
-def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, told=None):
+def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, told=None, std=False):
     """The denoiser that a checkpoint holds: callable, (B,2k+1,H,W) noisy to (B,1,H,W) denoised, both on the CPU.
 
     Its attribute `context` is k, the slices on each side that it sees. ensemble: 8 for the mean over the flips and
     quarter turns of the image. Large images go through in tiles: a run takes about `memory` bytes beside its start.
     told: (noise model, {name: (S,H,W) noisy}), for a network of weights/, which must be told what it will see.
+    std: (B,2,H,W), with the standard deviation of what is left unknown (noise.deviation), five times as slow; raises
+    ValueError for a student that was not trained with a noise model, if none is told.
     """
     device = runtime.pick_device(device)
     network, checkpoint = training.load_network(build_network, path, "distill", device)
@@ -379,6 +371,9 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
         tell(network, *told)
     elif isinstance(network, ToldResUNet) and not checkpoint["extra"].get("noise"):
         raise ValueError(f"{path} must be told the noise: --noise of distill.py, or denoise.py without --model")
+    known = told[0] if told else checkpoint["extra"].get("noise")
+    if std and not known:
+        raise ValueError(f"{path} knows no noise model, from which the uncertainty follows: --noise of distill.py")
     network.pool_locally(checkpoint["extra"]["crop"])
     side, overlap = tiling(checkpoint, memory)
 
@@ -386,12 +381,16 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
         with runtime.autocast(device, precision):
             return network(y.to(device, memory_format=torch.channels_last)).float().cpu()
 
-    def symmetric(y):
-        return mean_over_symmetries(forward, y)
+    def once(y):
+        return data.tiled(forward, y, side, overlap)
 
     @torch.inference_mode()
     def denoise(y):
-        return data.tiled(symmetric if ensemble == 8 else forward, y, side, overlap)
+        x = data.mean_over_symmetries(once, y) if ensemble == 8 else once(y)
+        if not std:
+            return x
+        own_noise = [runtime.step_rng(0) for _ in y]  # the same for each slice: what is written depends on y alone
+        return torch.cat([x, noise.deviation(known, once, y, x, own_noise)], 1)
 
     denoise.context = checkpoint["model_args"].get("context", 0)
     return denoise
@@ -401,9 +400,9 @@ def predict(args):
     """Writes the student's output for every volume of args.data, with the EMA weights of args.model, to args.out."""
     noisy = data.read_volumes(args.data, "noisy", args.split, data.TO_PREDICT)
     told = args.predict and args.noise and (measure.load_noise_model(args.noise, args.data, args.pred), noisy)
-    denoise = student(args.model, args.device, args.precision, ensemble=args.ensemble, told=told)
+    denoise = student(args.model, args.device, args.precision, ensemble=args.ensemble, told=told, std=args.std)
     data.choose_context(denoise.context, noisy)
-    keep = dict(context=denoise.context)
+    keep = dict(context=denoise.context, keys=["pred", "std"] if args.std else ["pred"])
     data.write_predictions(args, "distill", args.data, noisy, lambda y, *_: denoise(y), **keep)
 
 
@@ -428,6 +427,7 @@ def main(argv=None):
     p.add_argument("--init", help="start from the weights of this student (.pt)")
     training.context_flag(p)
     p.add_argument("--ensemble", type=int, choices=(1, 8), help="mean over 8 symmetries (default 8; 1 with --predict)")
+    p.add_argument("--std", action="store_true", help="also write the standard deviation of what is left unknown")
     p.add_argument("--export", metavar="FILE", help="only write the trained --model as ONNX (.onnx)")
     training.prediction_flags(p, "distill_out.h5")
     args = p.parse_args(argv)

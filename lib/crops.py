@@ -85,6 +85,16 @@ def random_crops(stacks, batch, size, rng, rank=0, world=1, contexts=None):
     return [torch.from_numpy(crops) for crops in out]
 
 
+def mean_over_symmetries(function, y):
+    """Mean of function(y) over the eight flips and quarter turns of y (B,C,H,W), each undone; (B,n,H,W)."""
+    total = 0
+    for turned in (y, y.transpose(2, 3)):
+        for flips in ((), (2,), (3,), (2, 3)):
+            out = function(turned.flip(flips)).flip(flips)
+            total = total + (out if turned is y else out.transpose(2, 3))
+    return total / 8
+
+
 def rms_difference(a, b):
     """Root mean square of a - b over all slices of two sets of volumes of equal shapes."""
     squares = count = 0.0

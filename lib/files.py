@@ -171,23 +171,23 @@ def read_sources(sources, key=None, acquisition=None, reference=None, brain=Fals
     return (middle(volume, slices) for volume in volumes), problems
 
 
-def training_volumes(jobs, problems, least, everything=False):
+def training_volumes(jobs, problems, least):
     """Yields what to train on: formats.Volumes named <job>-<volume> by number, with finite slices and their `ends`.
 
     Volumes with a side of less than `least` pixels are only taken if there are no others. So that training needs no
     more memory for a larger folder, the jobs are taken in random order until there are PIXELS, and of a volume that has
-    more than its share only `training_runs`; `everything` takes all. What cannot be read is added to `problems`.
+    more than its share only `training_runs`. What cannot be read is added to `problems`.
     """
-    share = np.inf if everything else PIXELS // min(max(len(jobs), 4), 100)
+    share = PIXELS // min(max(len(jobs), 4), 100)
     small, taken, large = [], 0, False  # large: whether there was a volume of at least `least` pixels
-    for k in range(len(jobs)) if everything else np.random.default_rng(0).permutation(len(jobs)):
+    for k in np.random.default_rng(0).permutation(len(jobs)):
         try:
             _, found = read(jobs[k], problems)
         except (ValueError, OSError) as error:
             problems.append(str(error))
             continue
         for j, volume in enumerate(found):
-            if taken >= PIXELS and not everything:
+            if taken >= PIXELS:
                 yield from [] if large else small
                 return
             low, high = finite_range(volume.slices)
@@ -234,17 +234,19 @@ def spread(slices):
 
 
 def denoise_volume(volume, denoise):
-    """The slices of a formats.Volume, denoised one by one, in their own units and type; what is not finite stays.
+    """(slices, std) of a formats.Volume, denoised one by one, in their own units and type; what is not finite stays.
 
     denoise: callable, a float32 tensor (1,2k+1,H,W) of a slice with k neighbours on each side, about [0,1], to
-    (1,1,H,W); its attribute `context` is k (0 without one). What it changes is added to the stored numbers, so that no
-    change returns the same bits. Raises ValueError below 16x16 pixels, or for a single slice that needs neighbours.
+    (1,1,H,W), or (1,2,H,W) with the standard deviation; its attribute `context` is k (0 without one). What it changes
+    is added to the stored numbers, so that no change returns the same bits. std: (S,H,W) float32, 0 if there is none.
+    Raises ValueError below 16x16 pixels, or for a single slice that needs neighbours.
     """
     low, high = finite_range(volume.slices)
     if min(volume.slices.shape[1:]) < 16:
         raise ValueError(f"{volume.source}: {'x'.join(map(str, volume.slices.shape[1:]))} pixels, fewer than 16x16")
+    std = np.zeros(volume.slices.shape, np.float32)
     if high == low:
-        return volume.slices
+        return volume.slices, std
     scale, offset = scaling(volume, low, high)
     wide = np.float64 if volume.slices.dtype.itemsize > 2 else np.float32
     context, count, ready = getattr(denoise, "context", 0), len(volume.slices), {}
@@ -261,25 +263,27 @@ def denoise_volume(volume, denoise):
     for s in range(count):
         which = crops.around(s, count, context)
         ready = {k: ready[k] if k in ready else mapped(k) for k in which}  # each slice is mapped once
-        x = denoise(torch.from_numpy(np.stack([ready[k] for k in which]))[None])[0, 0].numpy()
+        x, *deviation = denoise(torch.from_numpy(np.stack([ready[k] for k in which]))[None])[0].numpy()
         x -= ready[s]
         x *= scale
         out[s] = formats.as_type(volume.slices[s] + x, out.dtype)
-    return out
+        if deviation:
+            std[s] = deviation[0] * abs(scale)
+    return out, std
 
 
-def denoise_files(jobs, denoise, method, folder, problems, force=False, std=None):
+def denoise_files(jobs, denoise, method, folder, problems, force=False, std=False):
     """Reads, denoises and writes every job. Returns (number of files written, number that were there already).
 
     Args:
         denoise: see `denoise_volume`. method: a text that identifies it. folder: Path, for files.json.
         problems: list to which a line is added for each file that is left out. force: replace existing files.
-        std: callable (job number, [Volume]) to standard deviations [(S,H,W)] in their units, written to Job.std.
+        std: whether to write the standard deviations, which denoise then gives, to Job.std.
     """
     record = folder / "files.json"
     done = json.loads(record.read_text()) if record.exists() else {}
     written = kept = 0
-    for k, job in enumerate(runtime.progress(jobs, "denoise")):
+    for job in runtime.progress(jobs, "denoise"):
         paths = [*job.paths, *([job.std] if std else [])]
         entry = {"mark": f"{job.digest} {method}"}
         name = hashlib.blake2b(str([p.relative_to(folder.parent) for p in paths]).encode(), digest_size=8).hexdigest()
@@ -292,11 +296,11 @@ def denoise_files(jobs, denoise, method, folder, problems, force=False, std=None
             continue
         try:
             readable, volumes = read(job, problems)
-            arrays = [denoise_volume(volume, denoise) for volume in volumes]
+            arrays, deviations = zip(*(denoise_volume(volume, denoise) for volume in volumes))
             record_state(record, done, name, {**entry, "whole": False})  # from here on, what is at `paths` is ours
             formats.write(readable.item, arrays, readable.paths, method)
             if std:
-                formats.write_std(readable.item, std(k, volumes), job.std)
+                formats.write_std(readable.item, deviations, job.std)
             record_state(record, done, name, {**entry, "whole": readable is job})
             written += len(readable.paths)
         except (ValueError, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: torch lacks memory

@@ -13,8 +13,9 @@ import data
 import measure
 import noise
 from bsn import LGBPN, PUCA
-from distill import NAFNet, ResUNet, mean_over_symmetries, recorruption_loss, student
+from distill import NAFNet, ResUNet, recorruption_loss, student
 from lib import crops, formats
+from lib.crops import mean_over_symmetries
 
 
 def head(slices=16, side=128):

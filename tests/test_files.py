@@ -10,6 +10,7 @@ import numpy as np
 import onnxruntime
 import pydicom
 import pytest
+import tifffile
 import torch
 from conftest import ROOT, TINY, ok, run
 from test_formats import dicom
@@ -99,7 +100,6 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(scans, student):
         (["empty", "--out", "clean"], "holds no DICOM"),
         (["scans", "--out", "clean", "--model", "nothing.pt"], "nothing.pt does not exist"),
         (["scans", "--out", "clean", "--model", "scans/0.dcm"], "is not a whole checkpoint"),
-        (["scans", "--out", "clean", "--model", "x.pt", "--std"], "--std comes from"),
         (["scans", "--out", "clean", "--memory", "much"], "not a number of bytes"),
         (["scans/deep", "--out", "x", "--acquisition", "AXT2", "--model", "x.pt"], "x.pt does not exist"),
         (["--data", "x.h5", "--force"], "are for image files"),
@@ -140,12 +140,19 @@ def test_from_scratch_and_killed(scans):
     assert all(entry["whole"] for entry in report.values())
 
 
-def test_std(scans):
-    """The uncertainty beside each file: the recipe is then that with a posterior update."""
-    done = ok("denoise", "scans", "--std", "--effort", "0.003", "--out", "clean", cwd=scans)
-    assert "recipe scratch: only its posterior update" in done.stdout
+def test_std(scans, student):
+    """The uncertainty beside each file, in its units; also of a student alone, if it knows its noise."""
+    done = ok("denoise", "scans", "--std", "--instant", "--out", "clean", cwd=scans)
+    assert "recipe tuned" in done.stdout
     names = contents(scans / "clean").keys()
     assert {"0.dcm", "0.dcm_std.tif", "deep/a.npy", "deep/a.npy_std.tif"} <= names
+    y, x = (np.load(scans / folder / "deep/a.npy") for folder in ("scans", "clean"))
+    std = tifffile.imread(scans / "clean/deep/a.npy_std.tif")[0]
+    assert std.shape == y.shape and 0.1 * np.std(y - x) < std.mean() < np.std(y - x)
+    ok("denoise", "scans", "--std", "--model", "clean/diffdenoise/student.pt", "--out", "again", cwd=scans)
+    assert np.allclose(tifffile.imread(scans / "again/deep/a.npy_std.tif")[0], std, rtol=0.2)
+    refused = run("denoise", "scans", "--std", "--model", student, "--out", "no", cwd=scans)
+    assert refused.returncode == 2 and "knows no noise model" in refused.stderr
 
 
 def test_full_disk(scans, student, monkeypatch):
@@ -170,7 +177,7 @@ def test_full_disk(scans, student, monkeypatch):
 
 
 def test_a_large_folder_is_trained_on_in_part(tmp_path, monkeypatch):
-    """Of each file a window with its neighbours, of all so many pixels; normalised as the whole. --std: everything."""
+    """Of each file a window with its neighbours, of all so many pixels; normalised as the whole."""
     monkeypatch.setattr(files, "WINDOW", 40)
     monkeypatch.setattr(files, "PIXELS", 12_000)
     (tmp_path / "scans").mkdir()
@@ -179,8 +186,9 @@ def test_a_large_folder_is_trained_on_in_part(tmp_path, monkeypatch):
         y[:, :1, 0], y[:, -1:, -1] = 0, 1000  # the ends lie in corners that a window may miss
         np.save(tmp_path / "scans" / f"{k}.npy", y)
     jobs, problems = files.plan([tmp_path / "scans"], tmp_path / "out")
-    for name, flags in (("windows.h5", {}), ("all.h5", dict(everything=True))):
-        data.write_dataset(tmp_path / name, files.training_volumes(jobs, problems, 16, **flags), [1.0, 0, 0], {})
+    for name, most in (("windows.h5", 12_000), ("all.h5", 10**9)):
+        monkeypatch.setattr(files, "PIXELS", most)
+        data.write_dataset(tmp_path / name, files.training_volumes(jobs, problems, 16), [1.0, 0, 0], {})
     windows, attrs = data.read_volumes(tmp_path / "windows.h5"), data.read_attrs(tmp_path / "windows.h5")[1]
     complete = data.read_volumes(tmp_path / "all.h5")
     assert not problems and len(complete) == 30 and complete["00000-0"].shape == (3, 64, 50)
