@@ -6,6 +6,7 @@
         pred  (S,H,W) f4   in prediction files, under the same volume names
         std   (S,H,W) f4   optional: per-pixel uncertainty of pred
         hidden (S,4,H,W) f4   optional: see bsn.py --hidden
+        samples (S,N,H,W) f4  optional: clean images that are possible, see distill.py --samples
     file attrs             format, version, kind (dataset|prediction), stage, args, seed, inputs, noise
 
 original intensity = value * scale + offset. The fingerprint is a hash of a volume's noisy values. A prediction carries
@@ -38,6 +39,7 @@ from lib.crops import (  # noqa: F401
     read_around,
     rms_difference,
     tiled,
+    tiling,
 )
 
 FORMAT, VERSION = "diffdenoise", 1
@@ -99,7 +101,7 @@ def read_volumes(path, key="noisy", split=None, memory=IN_MEMORY, names=None):
         if key not in group:
             raise ValueError(f"{title} has no {key!r}, only {sorted(group) or 'nothing'}")
         array = group[key]
-        if array.ndim != 3 + (key == "hidden") or 0 in array.shape or array.dtype.kind not in "uif":
+        if array.ndim != 3 + (key in ("hidden", "samples")) or 0 in array.shape or array.dtype.kind not in "uif":
             raise ValueError(f"{title}: {key!r} is {array.dtype} of shape {array.shape}, not (slices, height, width)")
         if key == "noisy" and min(array.shape[1:]) < 16:
             raise ValueError(f"{title}: slices of {array.shape[1]}x{array.shape[2]} pixels are smaller than 16x16")

@@ -6,27 +6,25 @@ It learns from any prediction (knowledge distillation) or, beyond the paper, fro
     --target recorrupted   distance to the clean image, estimated without it by recorruption (`recorruption_loss`)
     --target clean         distance to the clean image: the supervised upper bound
 
-With --context K the student sees K slices on each side of the one that it denoises, as further channels. Where their
-noise is not independent, recorruption adds noise with the same correlation to all of them (`recorruption_loss`).
-
     In    knee.h5         volumes/<name>/noisy  (S,H,W) float32, about [0,1]
           srds_out.h5     volumes/<name>/pred   (S,H,W) float32; any prediction file made from knee.h5
     Out   student.pt      checkpoint: EMA weights, model arguments, noise model
-          distill_out.h5  volumes/<name>/pred   (S,H,W) float32: the denoised images; with --std their uncertainty
+          distill_out.h5  volumes/<name>/pred   (S,H,W) float32: the denoised images; std, with --std: uncertainty;
+                          samples, with --samples N: (S,N,H,W), clean images that are as likely as each other
 
     python distill.py --data knee.h5 --target srds_out.h5                      # trains student.pt, then predicts
     python distill.py --data new.h5 --predict --model student.pt --out new_out.h5
     python distill.py --data knee.h5 --target recorrupted --pred bsn_out.h5    # noise measured with the help of --pred
     python distill.py --data knee.h5 --target recorrupted --init student.pt --model refined.pt --out refined_out.h5
+    python distill.py --data knee.h5 --predict --model refined.pt --samples 4 --out samples.h5
 
 Symbols: y is the noisy image (the paper's x'), target the SRDS mean (Eq. 4). Networks, all deterministic:
 
     --arch nafnet    NAFNet (Chen et al. 2022), the paper's choice; `--preset paper` has its widths, depths, loss and
-                     optimizer for SIDD, `--preset nafnet` is as small as `fast`. In images larger than the training
-                     crop its channel attention pools over 1.5 crops around each pixel (TLC, Chu et al. 2022)
+                     optimizer for SIDD, `--preset nafnet` is as small as `fast`. In large images its
+                     channel attention pools over 1.5 training crops around each pixel (TLC, Chu et al. 2022)
     --arch resunet   dense 3x3 convolutions at half resolution, nothing else: what processors are best at (`fast`)
-    --arch told      a ResUNet that is told the noise model: one network for all levels. weights/ has such networks,
-                     trained on synthetic volumes alone, to start from (--init) or to use as they are
+    --arch told      a ResUNet that is told the noise model: one network for all levels; weights/ has such networks
 """
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -200,15 +198,13 @@ def recorruption_loss(network, y, z, strength=0.3):
     for all of them (B,2k+1,H,W) otherwise; strength a.
 
     Recorruption (Pang et al. 2021): the noises of y + a z and y - z / a are uncorrelated, so that a network that learns
-    the second from the first learns the clean image. Here each z is used with both signs, and what does not depend on
-    the network is left out:
+    the second from the first learns the clean image. Here z has both signs, and constants are left out:
 
         mean of |f(y + az) - y|^2 and |f(y - az) - y|^2, plus z * (f(y + az) - f(y - az)) / a
 
     The large terms in 1/a cancel. So a can be small, and f sees nearly the noise that it will see in use; in the limit
     of a = 0 this is Stein's unbiased risk estimate (SURE). The target is the middle slice; neighbours with independent
-    noise may stay as they are, for what makes the estimate unbiased is that the noise of all that f sees is
-    uncorrelated with that of the target y - z / a.
+    noise may stay as they are: all that counts is that the noise of what f sees is uncorrelated with the target's.
     """
     beside = (y.shape[1] - z.shape[1]) // 2
     added = F.pad(strength * z, (0, 0, 0, 0, beside, beside))
@@ -226,6 +222,8 @@ def unchanged(y):
 # ---------------------------------------------------------------------------------------------------------------
 # train and predict
 # ---------------------------------------------------------------------------------------------------------------
+import numpy as np
+
 import data
 import measure
 import noise
@@ -233,6 +231,7 @@ from lib import runtime, training
 
 LOSSES = {"mse": mse_loss, "psnr": psnr_loss}
 NETWORKS = {"nafnet": NAFNet, "resunet": ResUNet, "told": ToldResUNet}
+BYTES = {NAFNet: 50, ResUNet: 10, ToldResUNet: 10}  # a pixel takes, for each of its width: measured, float32
 SETTINGS = {  # what it sets, its value in fast, in nafnet (as small as fast), in paper: NAFNet's for SIDD at width 32
     "arch": ("network", "resunet", "nafnet", "nafnet"),
     "width": ("features at the first level", 32, 16, 32),
@@ -259,10 +258,7 @@ def build_network(arch="nafnet", **arguments):
 
 
 def read_training_set(args, noise_model):
-    """([{name: noisy}] or [{name: noisy}, {name: target or prediction}] of the train split, and their fingerprints).
-
-    `clean` is opened only for --target clean. With a noise model the second is --pred, if there is one.
-    """
+    """([{name: noisy}] or [{name: noisy}, {name: target, or --pred with a noise model}], their fingerprints)."""
     noisy, inputs = data.read_volumes(args.data, "noisy", "train"), dict(data=data.fingerprints(args.data))
     path = args.pred if noise_model else args.target
     if not path:
@@ -283,9 +279,10 @@ def load_noise_model(args, checkpoint):
         raise ValueError(f"{args.model} was not trained by recorruption: it cannot resume so")
     if not args.strength > 0:
         raise ValueError(f"--strength {args.strength:g} is not positive")
-    if checkpoint:
-        return checkpoint["extra"]["noise"]
-    return measure.load_noise_model(args.noise or "measured", args.data, args.pred)
+    known = checkpoint["extra"]["noise"] if checkpoint else None
+    known = known or measure.load_noise_model(args.noise or "measured", args.data, args.pred)
+    runtime.print_once(f"distill: {noise.summary(known)}")
+    return known
 
 
 def tell(network, noise_model, noisy):
@@ -315,13 +312,8 @@ def start_network(args, checkpoint, noisy, noise_model):
 
 
 def train(args, checkpoint=None):
-    """Trains noisy -> target on the train split; writes args.model.
-
-    Raises ValueError for files that do not belong together, or a checkpoint that this run does not continue.
-    """
+    """Trains noisy -> target on the train split; writes args.model. Raises ValueError for files that do not fit."""
     noise_model = load_noise_model(args, checkpoint)
-    if noise_model:
-        runtime.print_once(f"distill: {noise.summary(noise_model)}")
     stacks, inputs = read_training_set(args, noise_model)
     data.check_crop(stacks[0], args.crop)
     torch.manual_seed(args.seed)
@@ -345,25 +337,13 @@ def train(args, checkpoint=None):
         run.update(loss, trivial, mse=loss / 100 - target.square().mean() if noise_model else None)
 
 
-def tiling(checkpoint, memory):
-    """(side, overlap) of tiles in pixels, multiples of 32, such that the network takes a third of `memory` bytes.
-
-    The overlap is two training crops: NAFNet's attention reaches 1.5 crops, and the features beyond.
-    """
-    factor = 50 if checkpoint["model_args"].get("arch", "nafnet") == "nafnet" else 10  # measured, float32
-    bytes_per_pixel = factor * checkpoint["model_args"]["width"]
-    overlap = -(-2 * checkpoint["extra"]["crop"] // 32) * 32
-    return max(2 * overlap + 128, int((memory / 3 / bytes_per_pixel) ** 0.5) // 32 * 32), overlap
-
-
 def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, told=None, std=False):
     """The denoiser that a checkpoint holds: callable, (B,2k+1,H,W) noisy to (B,1,H,W) denoised, both on the CPU.
 
-    Its attribute `context` is k, the slices on each side that it sees. ensemble: 8 for the mean over the flips and
-    quarter turns of the image. Large images go through in tiles: a run takes about `memory` bytes beside its start.
-    told: (noise model, {name: (S,H,W) noisy}), for a network of weights/, which must be told what it will see.
-    std: (B,2,H,W), with the standard deviation of what is left unknown (noise.deviation), five times as slow; raises
-    ValueError for a student that was not trained with a noise model, if none is told.
+    Attributes: context k, noise_model, and once: itself without ensemble and std. ensemble: 8 for the mean over flips
+    and quarter turns. Large images go through in tiles: a run takes about `memory` bytes beside its start. told: (noise
+    model, {name: (S,H,W) noisy}), for a network of weights/. std: (B,2,H,W), with the deviation of what is left unknown
+    (noise.deviation), five times as slow. Raises ValueError for one that must be told the noise, and was not.
     """
     device = runtime.pick_device(device)
     network, checkpoint = training.load_network(build_network, path, "distill", device)
@@ -373,26 +353,25 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
         raise ValueError(f"{path} must be told the noise: --noise of distill.py, or denoise.py without --model")
     known = told[0] if told else checkpoint["extra"].get("noise")
     if std and not known:
-        raise ValueError(f"{path} knows no noise model, from which the uncertainty follows: --noise of distill.py")
+        raise ValueError(f"{path} knows no noise model, from which its uncertainty follows: --noise of distill.py")
     network.pool_locally(checkpoint["extra"]["crop"])
-    side, overlap = tiling(checkpoint, memory)
+    per_pixel = BYTES[type(network)] * checkpoint["model_args"]["width"]
+    side, overlap = data.tiling(per_pixel, checkpoint["extra"]["crop"], memory)
 
     def forward(y):
         with runtime.autocast(device, precision):
             return network(y.to(device, memory_format=torch.channels_last)).float().cpu()
 
+    @torch.inference_mode()
     def once(y):
         return data.tiled(forward, y, side, overlap)
 
-    @torch.inference_mode()
     def denoise(y):
         x = data.mean_over_symmetries(once, y) if ensemble == 8 else once(y)
-        if not std:
-            return x
-        own_noise = [runtime.step_rng(0) for _ in y]  # the same for each slice: what is written depends on y alone
-        return torch.cat([x, noise.deviation(known, once, y, x, own_noise)], 1)
+        rngs = [runtime.step_rng(0) for _ in y]  # the same for each slice: what is written depends on y alone
+        return torch.cat([x, noise.deviation(known, once, y, x, rngs)], 1) if std else x
 
-    denoise.context = checkpoint["model_args"].get("context", 0)
+    denoise.context, denoise.noise_model, denoise.once = checkpoint["model_args"].get("context", 0), known, once
     return denoise
 
 
@@ -400,17 +379,38 @@ def predict(args):
     """Writes the student's output for every volume of args.data, with the EMA weights of args.model, to args.out."""
     noisy = data.read_volumes(args.data, "noisy", args.split, data.TO_PREDICT)
     told = args.predict and args.noise and (measure.load_noise_model(args.noise, args.data, args.pred), noisy)
-    denoise = student(args.model, args.device, args.precision, ensemble=args.ensemble, told=told, std=args.std)
+    std = bool(args.std or args.samples)
+    denoise = student(args.model, args.device, args.precision, ensemble=args.ensemble, told=told, std=std)
     data.choose_context(denoise.context, noisy)
-    keep = dict(context=denoise.context, keys=["pred", "std"] if args.std else ["pred"])
-    data.write_predictions(args, "distill", args.data, noisy, lambda y, *_: denoise(y), **keep)
+    if args.samples:
+        return write_samples(args, denoise, noisy)
+    keys = ["pred", "std"] if std else ["pred"]
+    data.write_predictions(args, "distill", args.data, noisy, lambda y, *_: denoise(y), keys, context=denoise.context)
+
+
+def write_samples(args, denoise, noisy):
+    """Writes the student's output and args.samples possible clean images (noise.samples) of each volume to args.out."""
+
+    def of_volume(function, y):
+        slices = (torch.from_numpy(data.read_around(y, s, denoise.context))[None] for s in range(len(y)))
+        return np.concatenate([function(y_s).numpy() for y_s in slices]).swapaxes(0, 1)
+
+    law, once = denoise.noise_model, lambda y: of_volume(denoise.once, y)[0]
+    with data.write_volumes(args.out, "prediction", "distill", vars(args), like=args.data, noise=law) as add:
+        for k, (name, volume) in enumerate(runtime.progress(noisy.items(), "samples")):
+            y, rng = np.asarray(volume[:], np.float32), runtime.step_rng(args.seed or 0, k)
+            x, std = of_volume(denoise, y)
+            drawn = noise.samples(law, once, y, x, rng, args.samples)
+            kept = add(name, volume.shape, ["pred", "std", ("samples", args.samples)])
+            kept[0][:], kept[1][:], kept[2][:] = x, std, drawn.swapaxes(0, 1)
+    print(f"distill: {len(noisy)} volumes, {args.samples} samples each -> {args.out}", flush=True)
 
 
 def export(path, out):
     """Writes the student of a checkpoint as ONNX: `noisy` (B,2k+1,H,W) to `denoised` (B,1,H,W), from 16x16 up."""
     network, checkpoint = training.load_network(build_network, path, "distill", "cpu")
-    crop, context = checkpoint["extra"]["crop"], checkpoint["model_args"].get("context", 0)
-    y = torch.rand(2, 2 * context + 1, 2 * crop + 8, 2 * crop + 40)  # larger than the window of the attention
+    crop, seen = checkpoint["extra"]["crop"], 2 * checkpoint["model_args"].get("context", 0) + 1
+    y = torch.rand(2, seen, 2 * crop + 8, 2 * crop + 40)  # larger than the window of the attention
     training.export_onnx(network.pool_locally(crop), y, out, ["noisy"], ["denoised"])
     print(f"distill: {path} -> {out}", flush=True)
 
@@ -428,6 +428,7 @@ def main(argv=None):
     training.context_flag(p)
     p.add_argument("--ensemble", type=int, choices=(1, 8), help="mean over 8 symmetries (default 8; 1 with --predict)")
     p.add_argument("--std", action="store_true", help="also write the standard deviation of what is left unknown")
+    p.add_argument("--samples", type=runtime.positive, metavar="N", help="also draw N possible clean images of each")
     p.add_argument("--export", metavar="FILE", help="only write the trained --model as ONNX (.onnx)")
     training.prediction_flags(p, "distill_out.h5")
     args = p.parse_args(argv)
@@ -438,9 +439,9 @@ def main(argv=None):
         raise ValueError("--data is needed, but for --export")
     training.check_outputs(args, [args.data, args.target, args.pred, args.init])
     args.ensemble = args.ensemble or (1 if args.predict else 8)
+    if not (args.predict or args.target):
+        raise ValueError("--target is needed for training: a prediction file, recorrupted, or clean")
     if not args.predict:
-        if not args.target:
-            raise ValueError("--target is needed for training: a prediction file, recorrupted, or clean")
         train(args, training.resolve_args(args, PRESETS, "distill"))
     predict(args)
 

@@ -54,7 +54,8 @@ def report_seams(student, out):
     network.pool_locally(checkpoint["extra"]["crop"])
     one_piece = network(noisy)
     for name, memory in (("--memory 2G", 2 << 30), ("the least", 1)):
-        side, overlap = distill.tiling(checkpoint, memory)
+        per_pixel = distill.BYTES[type(network)] * checkpoint["model_args"]["width"]
+        side, overlap = data.tiling(per_pixel, checkpoint["extra"]["crop"], memory)
         difference = data.tiled(network, noisy, side, overlap) - one_piece
         differs = f"largest difference {difference.abs().max():.1e} of the range, mean {difference.abs().mean():.1e}"
         print(f"tiles of {name}, {side} pixels, {overlap} shared: {differs}")

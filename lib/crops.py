@@ -105,6 +105,15 @@ def rms_difference(a, b):
     return (squares / count) ** 0.5
 
 
+def tiling(bytes_per_pixel, crop, memory):
+    """(side, overlap) of tiles in pixels, multiples of 32, such that a network takes a third of `memory` bytes.
+
+    The overlap is two training crops: NAFNet's attention reaches 1.5 crops, and the features beyond.
+    """
+    overlap = -(-2 * crop // 32) * 32
+    return max(2 * overlap + 128, int((memory / 3 / bytes_per_pixel) ** 0.5) // 32 * 32), overlap
+
+
 def tiled(function, y, side, overlap=160):
     """function(y) of y (B,C,H,W), in overlapping tiles of at most side x side pixels, for images too large for one.
 

@@ -120,3 +120,31 @@ def test_deviation_of_the_exact_posterior(blur, context):
     assert float(std.square().mean().sqrt()) == pytest.approx(exact, rel=0.04)
     assert np.sqrt(np.square(mean[:, 0].numpy() - x[:, context]).mean()) == pytest.approx(exact, rel=0.04)
     assert std.shape == (2, 1, side, side) and float(std.std() / std.mean()) < 0.2  # the same everywhere
+
+
+@pytest.mark.parametrize("blur", [0, 1.2])
+def test_samples_of_the_exact_posterior(blur):
+    """Gaussian images: samples have the spectrum of clean images, and y - sample the covariance of the noise.
+
+    The posterior mean has neither. Within 10 %, over octaves of frequency; the mean of a pair is the posterior mean.
+    """
+    side, rng = 128, np.random.default_rng(0)
+    law = noise.known("gaussian", 0.05, blur)
+    f = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side))
+    prior, n = 0.3 * 0.05**2 / (f + 0.02), 0.05**2 * noise.spectrum(law, side, side)
+
+    def wiener(y):
+        return np.fft.ifft2(np.fft.fft2(y) * prior / (prior + n)).real
+
+    x = np.fft.ifft2(np.fft.fft2(rng.standard_normal((24, side, side))) * np.sqrt(prior)).real
+    y = x + noise.sample(law, x, rng)
+    drawn = noise.samples(law, wiener, y, wiener(y), rng, 2)
+    assert drawn.shape == (2, 24, side, side) and np.allclose(drawn.mean(0), wiener(y), atol=1e-5)
+
+    def octaves(v):
+        power = (np.abs(np.fft.fft2(v)) ** 2).mean(0)
+        return np.array([power[(f >= low) & (f < 2 * low)].mean() for low in (0.06, 0.12, 0.24)])
+
+    assert np.allclose(octaves(drawn[0]) / octaves(x), 1, atol=0.1)
+    assert np.allclose(octaves(y - drawn[0]) / octaves(y - x), 1, atol=0.1)
+    assert octaves(wiener(y))[-1] < 0.7 * octaves(x)[-1]  # what a wrong sampler, the mean itself, would give

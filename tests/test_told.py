@@ -169,3 +169,19 @@ def test_pretraining_learns_and_its_weights_change_context(tmp_path, monkeypatch
     wide, flat = (torch.load(f, weights_only=True)["ema"]["intro.weight"] for f in ("a.pt", "b.pt"))
     assert flat.shape[1] == wide.shape[1] - 16 and torch.equal(flat[:, :4], wide[:, 8:12])
     assert torch.equal(flat[:, 4:], wide[:, 20:])
+
+
+def test_samples_and_std_of_a_student(tmp_path):
+    """--samples N: N clean images that are possible, with pred and std; the same again with the same seed."""
+    make_dataset(tmp_path / "knee.h5", sizes=((4, 64, 80), (3, 64, 72)))
+    flags = ["--data", "knee.h5", "--predict", "--model", denoise.WEIGHTS[2], "--split", "test"]
+    for name in ("a.h5", "b.h5"):
+        ok("distill", *flags, "--noise", "gaussian:6/255", "--samples", 3, "--out", name, cwd=tmp_path)
+    drawn, again = (data.read_volumes(tmp_path / name, "samples")["v1"] for name in ("a.h5", "b.h5"))
+    pred, std = (data.read_volumes(tmp_path / "a.h5", key)["v1"] for key in ("pred", "std"))
+    assert drawn.shape == (3, 3, 64, 72) and np.array_equal(drawn, again)
+    assert np.allclose(drawn[:, :2].mean(1), pred, atol=1e-5)
+    ratio = np.sqrt(np.square(drawn[:, 0] - pred).mean() / np.square(std).mean())
+    assert 0.7 < ratio < 1.3
+    untold = run("distill", *flags, "--samples", 3, cwd=tmp_path)
+    assert untold.returncode == 2 and "must be told the noise" in untold.stderr
