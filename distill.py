@@ -343,7 +343,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
     Attributes: context k, noise_model, and once: itself without ensemble and std. ensemble: 8 for the mean over flips
     and quarter turns. Large images go through in tiles: a run takes about `memory` bytes beside its start. told: (noise
     model, {name: (S,H,W) noisy}), for a network of weights/. std: (B,2,H,W), with the deviation of what is left unknown
-    (noise.deviation), five times as slow. Raises ValueError for one that must be told the noise, and was not.
+    (noise.deviation), nine times as slow. Raises ValueError for one that must be told the noise, and was not.
     """
     device = runtime.pick_device(device)
     network, checkpoint = training.load_network(build_network, path, "distill", device)

@@ -194,7 +194,7 @@ def answer(noise_model, denoise, y, x, generators, strength=0.1):
     return z[:, z.shape[1] // 2, None], (denoise(y + added) - denoise(y - added)) / (2 * strength)
 
 
-def deviation(noise_model, denoise, y, x, generators, probes=2, sigma=1.5):
+def deviation(noise_model, denoise, y, x, generators, probes=4, sigma=2.0):
     """Standard deviation of what is left unknown of the clean image at each pixel, (B,1,H,W), given x = denoise(y).
 
     Second-order Tweedie (Manor & Michaeli 2024): for the posterior mean f, Cov(x | y) = C df/dy, with C the covariance
@@ -208,7 +208,7 @@ def deviation(noise_model, denoise, y, x, generators, probes=2, sigma=1.5):
     mse = (np.square(x_own - own) - s2 + 2 * known).mean((1, 2, 3), keepdims=True)
     scale = np.clip(mse / np.maximum(known.mean((1, 2, 3), keepdims=True), 1e-12), 0.5, 2)
     power = scale * gaussian_filter(known, (0, 0, sigma, sigma))
-    return y.new_tensor(np.sqrt(np.maximum(power, 0.01 * s2)))
+    return y.new_tensor(np.sqrt(np.maximum(power, 0.002 * s2)))
 
 
 def samples(noise_model, f, y, x, generator, count, strength=0.1):

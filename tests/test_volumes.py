@@ -3,7 +3,9 @@
 import json
 
 import numpy as np
-from conftest import make_dataset, ok
+from conftest import ellipses, make_dataset, ok
+
+import data
 
 
 def test_table_of_volumes(tmp_path):
@@ -34,3 +36,21 @@ def test_context_experiments(tmp_path):
     rows = ok("experiments.context", "auto", "one.npy", cwd=tmp_path).stdout.splitlines()
     assert rows[2] == "| one.npy | one | 1x64x64 |  | 0 |"
     assert ok("experiments.context", "cost", "--repeats", 1, cwd=tmp_path).stdout.count("%") == 6
+
+
+def test_uncertainty_and_ranks(tmp_path):
+    """Tables from a cell: coverage, spectrum, lesions; and which of two students Stein's estimate names."""
+    x = ellipses(np.random.default_rng(0), 6, 96, 112)
+    with data.write_volumes(tmp_path / "clean.h5", "dataset", "test") as add:
+        add("a", x.shape, ["clean"], split="test")[0][:] = x
+        add("b", x.shape, ["clean"], split="train")[0][:] = x[::-1]
+    flags = ["a=clean.h5", "--methods", "instant", "tuned", "--steps", 2, "--out", "out"]
+    ok("experiments.volumes", *flags, cwd=tmp_path)
+    cell = "out/a-gaussian-6_255"
+    ok("experiments.uncertainty", cell, "--figure", "u.png", "--out", "u.md", cwd=tmp_path)
+    found = json.loads((tmp_path / "u.json").read_text())["a-gaussian-6_255"]
+    assert len(found["coverage"]) == 4 and found["lesions"]["lesions"] > 10
+    assert found["variance"]["student"] < found["variance"]["sample"] < 1.2
+    assert (tmp_path / "u.png").stat().st_size > 5000
+    said = ok("experiments.stein", cell, "--block", 1, "--out", "s.md", cwd=tmp_path).stdout
+    assert "| a-gaussian-6_255 | tuned |" in said and (tmp_path / "s.json").exists()
