@@ -230,6 +230,19 @@ def measure_through(stacks, correlation, lag):
     return float(np.average(found, weights=count * np.exp(-(((ratio - ratio.min()) / 0.1) ** 2))))
 
 
+def level_of(flat, typical):
+    """Level of the noise in the spectrum of the flattest blocks, given that of all blocks of like intensity; (n,) both.
+
+    Even the flattest blocks hold some structure where tissue is nowhere flat. Its spectrum is steep, as the difference
+    of the two spectra shows; that of the noise, over what its correlation explains, is level: flat = level + k *
+    (typical - flat), with k from 0 to 1.
+    """
+    shape, weight = np.maximum(typical - flat, 0), 1 / np.maximum(typical, 1e-12) ** 2
+    mean, middle = np.average(flat, weights=weight), np.average(shape, weights=weight)
+    k = (weight * (shape - middle) * flat).sum() / max((weight * (shape - middle) ** 2).sum(), 1e-30)
+    return mean - np.clip(k, 0, 1) * middle
+
+
 def measure_levels(images, correlation, means=None):
     """Noise level function as points (intensity, variance, blocks, disorder), each (n,), at the high frequencies."""
     blocks = in_blocks(images, 8)
@@ -246,7 +259,7 @@ def measure_levels(images, correlation, means=None):
         i = np.flatnonzero(bin_of == k)
         if len(i) >= 100:
             count = max(20, int(0.05 * len(i)))
-            found = flattest(power[i], structure[i], among, count)[high].mean()
+            found = level_of(flattest(power[i], structure[i], among, count)[high], power[i][:, high].mean(0))
             chosen = i[np.argsort(structure[i][:, among].sum(1))[:count]]
             disorder = np.median(power[i][:, high].mean(1)) / max(found, 1e-12)  # 1 where all blocks are flat
             points.append((mean[chosen].mean(), found, count, disorder))
@@ -316,20 +329,24 @@ def jump(images):
 def measure(images, means=None, magnitude=False):
     """The noise model of images [(H,W)], from them alone, or better with predictions `means` of the same shapes.
 
-    Structure only ever adds: of the two models, with and without the predictions, the quieter one is returned.
+    The correlation is that of the quieter of two models, with and without the predictions, since structure only ever
+    adds; the levels are fitted to the points of both.
 
     magnitude: the images are magnitudes (never negative). Near black their noise is Rician, and is left out.
     Raises ValueError if they are too small or too few.
     """
-    models, compressed = [], jump(images) > JUMP
+    found = []
     for guide in [None] if means is None else [None, means]:
         correlation = measure_correlation(images, guide)
         points = measure_levels(images, correlation, guide)
         if magnitude:
             above = points[0] > 3 * np.sqrt(points[1])
             points = points[:, above] if above.any() else points
-        models.append(make_noise_model(fit_levels(*points), correlation, compressed))
-    return min(models, key=lambda found: np.mean([variance(found, image).mean() for image in images]))
+        model = make_noise_model(fit_levels(*points), correlation, jump(images) > JUMP)
+        found.append((np.mean([variance(model, image).mean() for image in images]), len(found), points, model))
+    quieter = min(found)[-1]
+    together = fit_levels(*np.concatenate([points for *_, points, _ in found], 1))
+    return make_noise_model(together, quieter["correlation"], quieter["compressed"])
 
 
 # ---------------------------------------------------------------------------------------------------------------
