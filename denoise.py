@@ -138,6 +138,7 @@ class Stages:
 # ---------------------------------------------------------------------------------------------------------------
 WEIGHTS = {k: Path(__file__).with_name("weights") / name for k, name in ((0, "images.pt"), (2, "volumes.pt"))}
 TUNING_STEPS, TUNING_RATE = 1500, 1e-3
+SNAPSHOTS = 4  # of the diffusion model, from which the paper's recipe chooses
 
 
 def blind_spot_estimate(stages):
@@ -211,12 +212,41 @@ def paper_recipe(stages, estimate, rounds=1):
     suffix = ""
     for k in range(1, rounds + 1):
         condition = ["--cond", stages.path(estimate)]
-        model = stages.train(diffusion, *condition, model=f"diffusion{suffix}.pt")
+        model = (
+            train_diffusion(stages, condition)
+            if k == 1
+            else stages.train(diffusion, *condition, model=f"diffusion{suffix}.pt")
+        )
         target = sample(stages, estimate, model, f"srds{suffix}_out.h5")
         flags, student = ["--target", stages.path(target)], f"paper{suffix}.pt"
         estimate = stages.train(distill, *flags, out=f"paper{suffix}_out.h5", model=student)
         suffix = f"_round{k + 1}"
     return estimate, student
+
+
+def train_diffusion(stages, condition):
+    """Trains the diffusion model on the blind-spot estimate and returns the snapshot whose pair errs least.
+
+    Detail comes back before the noise of the condition does (results/curves): longer training can be worse. The error
+    is Stein's estimate, with the noise as it was first measured; stopping.json has it. Without a noise model (JPEG)
+    the last snapshot stands.
+    """
+    stages.train(diffusion, *condition, "--snapshots", SNAPSHOTS, model="diffusion.pt")
+    known = stages.noise_file
+    if json.loads((stages.folder / known).read_text())["compressed"]:
+        return "diffusion.pt"
+    steps = max(1, round(stages.args.effort * diffusion.PRESETS["fast"]["steps"]))
+    names = {
+        path.stem: path.name for path in training.snapshots(stages.path("diffusion.pt"), steps, SNAPSHOTS).values()
+    }
+    flags = ["--no-reference", *stages.data, "--split", "all", "--noise", stages.path(known)]
+    flags += ["--slices", "8", "--json", stages.path("stopping.json"), "--model"]
+    flags += [f"{name}={stages.path('bsn.pt')}+{stages.path(file)}" for name, file in names.items()]
+    stages.once(evaluate.main, flags, "stopping.json", f"python evaluate.py {shlex.join(flags)}")
+    found = json.loads((stages.folder / "stopping.json").read_text())
+    best = max(names, key=lambda name: found[name]["psnr"])
+    print(f"denoise: kept {best}: estimated PSNR of its pair {found[best]['psnr']:.2f} dB", flush=True)
+    return names[best]
 
 
 def sample(stages, estimate, model, out, *flags):

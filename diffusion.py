@@ -134,8 +134,8 @@ class UNet(nn.Module):
         blocks: ResBlocks per level. attention: the levels (0-based) that have self-attention.
         patch: 2 works on 2x2 pixels as channels (half resolution): on a CPU, more quality per second.
         groups: of GroupNorm; 0 for none. context: slices on each side of which the condition is seen too.
-    Maps x_t (B,C,H,W), c (B,C*(2*context+1),H,W) and t (B,) to (B,C,H,W), any H and W >= 16. Raises ValueError for an
-    odd width. Source: Nichol & Dhariwal 2021.
+    Maps x_t (B,C,H,W), c (B,C*(2*context+1),H,W) and t (B,) to (B,C,H,W), any H and W >= 16. Raises ValueError for a
+    width that is odd or no multiple of groups. Source: Nichol & Dhariwal 2021.
     """
 
     def __init__(self, channels=1, width=128, mult=(1, 1, 2, 2, 4, 4), blocks=2, attention=(4, 5), patch=1, groups=32,
@@ -143,6 +143,8 @@ class UNet(nn.Module):
         super().__init__()
         if width % 2:
             raise ValueError(f"width {width} is odd: half of it are sines of the time, half cosines")
+        if groups and width % groups:
+            raise ValueError(f"width {width} is not a multiple of the {groups} groups")
         time = 4 * width
         self.width, self.patch, self.levels = width, patch, len(mult)
         self.time = nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time), nn.SiLU())
@@ -171,9 +173,7 @@ class UNet(nn.Module):
                 if level and n == blocks:
                     layers.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(w, w, 3, padding=1)))
                 self.decoder.append(layers)
-        self.outro = nn.Sequential(
-            group_norm(groups, w), nn.SiLU(), nn.Conv2d(w, channels * patch**2, 3, padding=1)
-        )
+        self.outro = nn.Sequential(group_norm(groups, w), nn.SiLU(), nn.Conv2d(w, channels * patch**2, 3, padding=1))
         nn.init.zeros_(self.outro[-1].weight)
         nn.init.zeros_(self.outro[-1].bias)
 
@@ -260,11 +260,11 @@ SETTINGS = {  # what it sets, its value in fast, in paper: improved DDPM's at 25
     "blocks": ("ResBlocks per level", 1, 2),
     "attention": ("levels (0 is the first) with self-attention", [], [4, 5]),
     "patch": ("2: work on 2x2 pixels as channels, the faster way on a CPU; 1: on pixels", 2, 1),
-    "groups": ("groups of GroupNorm, 0 for no norm", 0, 32),
+    "groups": ("groups of GroupNorm, 0 for no norm: it then dies sooner or later", 8, 32),
     "steps": ("optimizer steps", 1000, 200_000),  # paper: "200 epochs"
-    "batch": ("crops per step, over all processes together", 8, 32),
+    "batch": ("crops per step, over all processes together", 4, 32),
     "crop": ("side of the square training crops, pixels", 96, 256),
-    "lr": ("peak learning rate", 1e-3, 1e-4),
+    "lr": ("peak learning rate", 5e-4, 1e-4),
     "ema": ("decay per step of the averaged weights", 0.995, 0.9999),
     "T": ("timesteps", 1000, 1000),
     "sampling_steps": ("DDIM steps that srds.py takes unless told otherwise", 2, 50),
@@ -342,6 +342,8 @@ def main(argv=None):
     p.add_argument("--data", required=True, help="dataset (.h5)")
     training.context_flag(p)
     p.add_argument("--cond", required=True, help="prediction file (.h5) made from it: the condition x_c")
+    kept = "also keep so many checkpoints on the way, MODEL_1_of_N.pt ...: more steps are not always better"
+    p.add_argument("--snapshots", type=runtime.whole, default=0, metavar="N", help=f"{kept} (default 0)")
     args = p.parse_args(argv)
     runtime.check_outputs([args.data, args.cond], [args.model])
     train(args, training.resolve_args(args, PRESETS, "diffusion"))

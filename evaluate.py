@@ -257,7 +257,7 @@ def report_estimates(args, models, noise_model):
     """Prints and returns {name: {"psnr", "sd", "noisy"}} of {name: model}, and of the noisy images themselves."""
     noisy, results = data.read_volumes(args.data, "noisy", args.split), {}
     for name, path in models.items():
-        results[name] = estimate(runnable(path, args.ensemble, (noise_model, noisy)), noisy, noise_model)
+        results[name] = estimate(runnable(path, args.ensemble, (noise_model, noisy)), noisy, noise_model, args.slices)
     results["noisy"] = dict(psnr=results[name]["noisy"], sd=0.0)
     print("| method | estimated PSNR, dB |\n|---|---|")
     for name, found in results.items():
@@ -340,6 +340,7 @@ def main(argv=None):
     run = "with --no-reference: student.pt, or bsn.pt+diffusion.pt, to run, for their estimated PSNR"
     p.add_argument("--model", nargs="*", default=[], metavar="[NAME=]FILE", help=run)
     p.add_argument("--ensemble", type=int, choices=(1, 8), default=1, help="of these students (default 1)")
+    p.add_argument("--slices", type=runtime.positive, default=24, help="to estimate their PSNR from (default 24)")
     p.add_argument("--noise", default="measured", help=f"with --no-reference: {measure.NOISE_HELP}")
     p.add_argument("--json", help="write the table as JSON")
     p.add_argument("--figure", help="write a figure of the middle slice (.png)")

@@ -129,6 +129,12 @@ def partial_path(path):
     return Path(f"{path}.part")
 
 
+def snapshots(model, steps, count):
+    """{step: path} of the checkpoints that --snapshots keeps beside the model, evenly spaced, the last at the end."""
+    path, numbers = Path(model), {round(steps * k / count): k for k in range(1, count + 1)}
+    return {step: path.with_stem(f"{path.stem}_{k}_of_{count}") for step, k in numbers.items() if step}
+
+
 def load_checkpoint(path, stage=None):
     """Reads a checkpoint of `stage`; runs no code that it may hold. Raises ValueError or OSError with one reason."""
     try:
@@ -346,6 +352,7 @@ class Training:
         bar = tqdm(total=args.steps, initial=self.start, desc=self.stage, disable=None if main else True, leave=False)
         began = saved = logged = time.monotonic()
         step, watched = self.start, None
+        keep = snapshots(args.model, args.steps, getattr(args, "snapshots", 0)) if main else {}
         try:
             path = Path(args.model).with_suffix(".jsonl") if main else os.devnull
             with open(path, "a" if self.start else "w") as log:
@@ -354,6 +361,8 @@ class Training:
                     yield step
                     step += 1
                     bar.update()
+                    if step in keep:
+                        self.save(keep[step], step, whole=False)
                     now, last = time.monotonic(), self.agree(bool(signalled)) or step >= stop
                     if main and (now - logged > LOG_EVERY or last):
                         loss, mse = (torch.stack(some).mean().item() for some in (self.losses, self.errors))

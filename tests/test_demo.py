@@ -62,7 +62,8 @@ COMMANDS = {  # that two rounds print, with what tells them from others
     "paper": [
         "bsn.py --data knee.h5 --blind-spot 1 ",
         "diffusion.py --data knee.h5 --cond out/bsn_out.h5 ",
-        "srds.py --cond out/bsn_out.h5 --model out/diffusion.pt ",
+        "evaluate.py --no-reference --data knee.h5 --split all --noise out/noise_first.json --slices 8 ",
+        "srds.py --cond out/bsn_out.h5 --model out/diffusion_",
         "distill.py --data knee.h5 --target out/srds_out.h5 ",
         "diffusion.py --data knee.h5 --cond out/paper_out.h5 ",
     ],

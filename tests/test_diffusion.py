@@ -172,3 +172,21 @@ def test_a_model_of_a_kind_that_is_gone_is_refused(made, tmp_path, change):
     torch.save(state, tmp_path / "old.pt")
     done = run("srds", "--cond", made / "bsn_out.h5", "--model", "old.pt", cwd=tmp_path)
     assert done.returncode == 2 and "commit 4aced76 was the last to sample those" in done.stderr
+
+
+def test_snapshots(made, tmp_path):
+    """Checkpoints on the way, the last of which is the model itself; each can be sampled."""
+    flags = ["--data", made / "knee.h5", "--cond", made / "bsn_out.h5", *TINY["diffusion"], "--snapshots", 2]
+    ok("diffusion", *flags, "--model", "a.pt", cwd=tmp_path)
+    half, whole, model = (
+        torch.load(tmp_path / name, weights_only=True) for name in ("a_1_of_2.pt", "a_2_of_2.pt", "a.pt")
+    )
+    assert (half["step"], whole["step"]) == (2, 4) and "optimizer" not in half
+    key = "intro.weight"
+    assert torch.equal(whole["ema"][key], model["ema"][key]) and not torch.equal(half["ema"][key], whole["ema"][key])
+    ok("srds", "--cond", made / "bsn_out.h5", "--model", "a_1_of_2.pt", "--out", "half.h5", cwd=tmp_path)
+
+
+def test_width_must_be_a_multiple_of_the_groups():
+    with pytest.raises(ValueError, match="width 20 is not a multiple of the 8 groups"):
+        UNet(width=20, mult=(1,), groups=8, attention=())
