@@ -16,7 +16,8 @@ Sampling is DDIM with eta = 0 (Song et al. 2020; the paper cites [11] and means 
     --mode pair         mean of the samples from eps and -eps: SRDS (default); --pairs K averages K of them
     --mode zero         one run from x_T = 0: equals the pair exactly if the network is linear in x_t
 
-Each slice draws its noise from a generator of its own, so that a result depends on neither batch nor device.
+Each slice draws its noise from a generator of its own, so that a result depends on neither batch nor device; --shared
+makes the noise of a volume's slices alike.
 """
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -156,7 +157,13 @@ def predict(args):
 
     def sample_batch(c, name, rows):
         first, numbers = zlib.crc32(name.encode()), range(rows.start, rows.stop)
-        return draw(c, lambda k: starting_noise([(args.seed, first, s, k) for s in numbers], c.shape[2:]))
+
+        def noise(k):  # of all slices the same part, and of each its own
+            own = starting_noise([(args.seed, first, s, k) for s in numbers], c.shape[2:])
+            common = starting_noise([(args.seed, first, 0, k, 1)], c.shape[2:])
+            return (1 - args.shared) ** 0.5 * own + args.shared**0.5 * common if args.shared else own
+
+        return draw(c, noise)
 
     keep = dict(keys=["pred", "std"] if args.mode == "pair" else ["pred"], batch=args.batch, context=draw.context)
     data.write_predictions(args, "srds", args.cond, conditions, sample_batch, **keep)
@@ -173,9 +180,13 @@ def main(argv=None):
     p.add_argument("--mode", choices=MODES, default="pair", help="default pair: SRDS")
     p.add_argument("--pairs", type=runtime.positive, default=1, help="pairs to average (default 1, as the paper)")
     p.add_argument("--steps", type=runtime.positive, help="DDIM steps (default: the preset the model was trained with)")
+    said = "correlation of the starting noise between the slices of a volume, 0 to 1"
+    p.add_argument("--shared", type=runtime.fraction, default=0, help=f"{said} (default 0)")
     p.add_argument("--split", choices=(*data.SPLITS, "all"), default="all", help="sample only this split (default all)")
     p.add_argument("--batch", type=runtime.positive, default=4, help="slices at a time; pairs double them (default 4)")
     args = p.parse_args(argv)
+    if not 0 <= args.shared <= 1:
+        raise ValueError(f"--shared {args.shared:g} is not from 0 to 1")
     runtime.check_outputs([args.cond, args.model], [args.out])
     predict(args)
 

@@ -7,8 +7,9 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import ok
+from conftest import ok, run
 
+import data
 from bsn import PUCA, estimator
 from diffusion import alpha_bar
 from distill import NAFNet, ResUNet
@@ -152,3 +153,17 @@ def test_chain_is_what_the_files_hold_and_its_error_can_be_estimated(made, tmp_p
     found = json.loads((tmp_path / "found.json").read_text())["pair"]
     true = score(made / "knee.h5", made / "srds_out.h5", "test")["psnr"]
     assert abs(found["psnr"] + 10 * np.log10(np.mean(10 ** (-true / 10)))) < 0.5
+
+
+def test_shared_starting_noise(made, tmp_path):
+    """--shared 1: slices with the same condition get the same sample; 0: not; anything outside is refused."""
+    same = tmp_path / "same.h5"
+    with data.write_volumes(same, "prediction", "test", like=made / "bsn_out.h5") as add:
+        (pred,) = add("v0", (3, 48, 40), ["pred"])
+        pred[:] = data.read_volumes(made / "bsn_out.h5", "pred")["v0"][:1]
+    flags = ["--cond", "same.h5", "--model", made / "diffusion.pt", "--mode", "single"]
+    for share, out in ((1, "one.h5"), (0, "own.h5")):
+        ok("srds", *flags, "--shared", share, "--out", out, cwd=tmp_path)
+    one, own = (data.read_volumes(tmp_path / name, "pred")["v0"] for name in ("one.h5", "own.h5"))
+    assert np.allclose(one[0], one[2], atol=1e-5) and not np.allclose(own[0], own[2], atol=1e-2)
+    assert "--shared 2 is not from 0 to 1" in run("srds", *flags, "--shared", 2, cwd=tmp_path).stderr
