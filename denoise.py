@@ -304,7 +304,7 @@ def train_on_files(args, jobs, work, problems):
     stages = Stages(work, dataset, args, [job.digest for job in jobs])
 
     def write(argv):
-        volumes = files.training_volumes(jobs, problems, crop)
+        volumes = files.training_volumes(jobs, problems, crop, args.force)
         data.write_dataset(dataset, volumes, [1.0, 0, 0], {})
 
     imported = ["import", *map(str, args.inputs), "--split", "train", "--out", str(dataset)]
@@ -355,7 +355,7 @@ def main(argv=None):
     training.context_flag(p)
     p.add_argument("--ensemble", type=int, choices=(1, 8), help="mean over 8 symmetries (default 8; 1 with --model)")
     p.add_argument("--std", action="store_true", help="write the uncertainty beside each file, as <name>_std")
-    p.add_argument("--force", action="store_true", help="replace files that are there already")
+    p.add_argument("--force", action="store_true", help="replace files, and denoise masks and label maps")
     p.add_argument("--memory", type=runtime.size, default="2G", help="for large images, in bytes (default 2G)")
     p.add_argument("--key", help="dataset in plain HDF5 files that hold more than one")
     p.add_argument("--acquisition", help="only HDF5 files (fastMRI, M4Raw) with this attribute, such as AXT2")

@@ -8,6 +8,7 @@ write it, or with `force`. What cannot be read or written becomes a line in `pro
 import hashlib
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from lib import crops, formats, runtime
 
 KINDS = formats.KINDS
 PIXELS = 64_000_000  # to train on, at most
+FLAT = 0.5  # share of three equal neighbours from which on a volume is a label map; chest X-rays of 8 bits: up to 0.07
+MAPS = re.compile(r"(?:^|[_.-])(mask|dseg|probseg|labels?|aseg|aparc|atlas|[ftz]stat\d*|T[12]map|fieldmap)\.", re.I)
 WINDOW = 768  # side in pixels of what is cut out of a slice if there are more
 
 
@@ -75,11 +78,42 @@ def plan(sources, out, key=None, acquisition=None, std=False):
     return jobs, problems
 
 
-def read(job, problems):
+def no_image(volume):
+    """Why a formats.Volume is nothing to denoise, in words: a label map, a mask, a map of something; "" for an image.
+
+    By its header; by its name, if that ends as BIDS and FreeSurfer name such files; by its values: images have noise,
+    so that seldom three neighbours outside of the background are equal (at most 8 slices are looked at).
+    """
+    if volume.declared:
+        return f"its header calls it a {volume.declared}"
+    name = MAPS.search(Path(volume.source).name)
+    if name:
+        return f"its name says {name[1]}"
+    some = volume.slices[np.unique(np.linspace(0, len(volume.slices) - 1, 8).round().astype(int))]
+    values, counts = np.unique(some, return_counts=True)
+    if len(values) == 2:
+        return "it has only two values: a mask"
+    inner = some[:, :-1, :-1]
+    alike = (inner == some[:, 1:, :-1]) & (inner == some[:, :-1, 1:])
+    rest = inner != values[counts.argmax()]
+    share = alike[rest].mean() if rest.any() else 0.0
+    return f"{100 * share:.0f} % of it has the value of its neighbours: a label map" if share > FLAT else ""
+
+
+def read(job, problems, force=True):
     """(job, [Volume]). Slices of a DICOM series that cannot be read become problems and are missing in both.
 
-    Raises ValueError or OSError if nothing of the job can be read.
+    Raises ValueError or OSError if nothing of the job can be read, or if it is no image (`no_image`), unless `force`.
     """
+    job, volumes = read_all(job, problems)
+    why = "" if force else next(filter(None, map(no_image, volumes)), "")
+    if why:
+        raise ValueError(f"{volumes[0].source} is left alone, {why}; --force denoises it")
+    return job, volumes
+
+
+def read_all(job, problems):
+    """`read` of whatever it is."""
     try:
         return job, formats.read(job.item)
     except (ValueError, OSError):
@@ -171,18 +205,18 @@ def read_sources(sources, key=None, acquisition=None, reference=None, brain=Fals
     return (middle(volume, slices) for volume in volumes), problems
 
 
-def training_volumes(jobs, problems, least):
+def training_volumes(jobs, problems, least, force=True):
     """Yields what to train on: formats.Volumes named <job>-<volume> by number, with finite slices and their `ends`.
 
     Volumes with a side of less than `least` pixels are only taken if there are no others. So that training needs no
     more memory for a larger folder, the jobs are taken in random order until there are PIXELS, and of a volume that has
-    more than its share only `training_runs`. What cannot be read is added to `problems`.
+    more than its share only `training_runs`. What cannot be read, or is no image (unless `force`), becomes a problem.
     """
     share = PIXELS // min(max(len(jobs), 4), 100)
     small, taken, large = [], 0, False  # large: whether there was a volume of at least `least` pixels
     for k in np.random.default_rng(0).permutation(len(jobs)):
         try:
-            _, found = read(jobs[k], problems)
+            _, found = read(jobs[k], problems, force)
         except (ValueError, OSError) as error:
             problems.append(str(error))
             continue
@@ -295,7 +329,7 @@ def denoise_files(jobs, denoise, method, folder, problems, force=False, std=Fals
             problems.append(f"{existing} exists already, and is not of this run: --force replaces it")
             continue
         try:
-            readable, volumes = read(job, problems)
+            readable, volumes = read(job, problems, force)
             arrays, deviations = zip(*(denoise_volume(volume, denoise) for volume in volumes))
             record_state(record, done, name, {**entry, "whole": False})  # from here on, what is at `paths` is ours
             formats.write(readable.item, arrays, readable.paths, method)

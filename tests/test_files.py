@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import nibabel
 import numpy as np
 import onnxruntime
 import pydicom
@@ -262,3 +263,27 @@ def test_onnx(student, tmp_path):
         y = torch.rand(shape)
         with torch.inference_mode():
             np.testing.assert_allclose(session.run(None, {"noisy": y.numpy()})[0], model(y), atol=1e-4)
+
+
+def test_what_is_no_image_is_left_alone(tmp_path, student):
+    """Label maps, masks, maps by name and by header: a line each, exit code 1; --force denoises them."""
+    (tmp_path / "in").mkdir()
+    rng = np.random.default_rng(0)
+    image = np.uint16(1000 + 200 * rng.standard_normal((3, 32, 32)))
+    labels = np.kron(rng.integers(0, 5, (3, 8, 8)), np.ones((1, 4, 4), int)).astype(np.uint16)
+    named = dict(image=image, areas=labels, brain=np.uint8(labels > 2), sub_T1map=image, masked_head=image)
+    for name, array in named.items():
+        np.save(tmp_path / "in" / f"{name}.npy", array)
+    for code, name in ((0, "t1.nii"), (3, "contrast.nii")):
+        made = nibabel.Nifti1Image(image.T.astype(np.int16), np.eye(4))
+        made.header["intent_code"] = code
+        nibabel.save(made, tmp_path / "in" / name)
+    done = run("denoise", "in", "--model", student, "--out", "out", cwd=tmp_path)
+    assert done.returncode == 1 and "3 files written" in done.stdout
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"image.npy", "masked_head.npy", "t1.nii", "diffdenoise"}
+    said = ["has the value of its neighbours: a label map", "only two values: a mask", "its name says T1map"]
+    said += ["its header calls it a map of a statistic"]
+    assert [done.stderr.count(text) for text in said] == [1, 1, 1, 1], done.stderr
+    assert done.stderr.count("left alone") == 4
+    forced = ok("denoise", "in", "--model", student, "--out", "all", "--force", cwd=tmp_path)
+    assert "7 files written" in forced.stdout

@@ -14,7 +14,8 @@ class Volume(NamedTuple):
 
     name: unique within its source. slices: (S,H,W) stored numbers. source: the file or folder. inverted: whether the
     highest number means black. clean: a reference like `slices`, from M4Raw's repetitions, or None. ends: lowest and
-    highest number of the volume from which the slices were cut, or None if they are all of it.
+    highest number of the volume from which the slices were cut, or None if they are all of it. declared: what the
+    header says that it is, if that is no image, such as "statistic".
     """
 
     name: str
@@ -23,6 +24,7 @@ class Volume(NamedTuple):
     inverted: bool = False
     clean: np.ndarray | None = None
     ends: tuple[float, float] | None = None
+    declared: str = ""
 
 
 class Item(NamedTuple):

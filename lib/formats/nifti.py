@@ -38,7 +38,17 @@ def read(item):
     raw = np.moveaxis(raw, slice_axis(image), 2)
     stem = re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.I)
     names = [f"{stem}_t{t:03d}" if len(shape) == 4 else stem for t in range(raw.shape[3])]
-    return [Volume(name, raw[..., t].T, str(path)) for t, name in enumerate(names)]
+    declared = declared_as(int(image.header["intent_code"]) if "intent_code" in image.header else 0)
+    return [Volume(name, raw[..., t].T, str(path), declared=declared) for t, name in enumerate(names)]
+
+
+def declared_as(intent):
+    """What an intent code of NIfTI-1 says a file to be, if that is no image to denoise: in words, or ""."""
+    if 2 <= intent <= 24:
+        return "map of a statistic"
+    return {1001: "map of estimates", 1002: "label map", 1003: "label map", 1005: "matrix", 1007: "vector field"}.get(
+        intent, ""
+    )
 
 
 def write(item, arrays, paths, method):
