@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ok
+from conftest import make_dataset, ok
 
 import data
 from experiments import bench, bench_variants
@@ -65,3 +65,19 @@ def test_sections(made, tmp_path):
     assert min(rows[name]["psnr"] for name in rows if name != "student") > 30
     assert {row["way"] for row in found["crops"]} == {"in memory", "streamed from HDF5", "DataLoader"}
     assert found["machine"]["matrix_product_gflop_per_s"]["float32"] > 0
+
+
+def test_gpu_and_curves_run_on_a_cpu(tmp_path):
+    """The same code with another device: tests, and a curve with its estimate, table and figure."""
+    make_dataset(tmp_path / "knee.h5")
+    small = ["--parts", "tests", "curves", "--tests", "tests/test_house.py", "--at", 2, 4, "--device", "cpu"]
+    small += ["--data", "knee.h5"]
+    tiny = ["--width", 8, "--mult", 1, 2, "--crop", 32, "--blocks", 1]
+    ok("experiments.gpu", "--out", "g.json", *small, "--bsn", "--steps 2 --width 8", "--", *tiny, cwd=tmp_path)
+    found = json.loads((tmp_path / "g.json").read_text())
+    points = found["curves"]["points"]
+    assert found["tests"]["passed"] and [p["step"] for p in points] == [2, 4]
+    assert all(abs(p["estimated"] - p["pair"]) < 0.5 for p in points) and points[0]["mix"] > 32
+    assert "| step |" in (tmp_path / "g/curves.md").read_text()
+    ok("experiments.curves", "--out", "g", "--figure", "c.png", cwd=tmp_path)
+    assert (tmp_path / "c.png").stat().st_size > 5000
