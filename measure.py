@@ -235,12 +235,12 @@ def level_of(flat, typical):
 
     Even the flattest blocks hold some structure where tissue is nowhere flat. Its spectrum is steep, as the difference
     of the two spectra shows; that of the noise, over what its correlation explains, is level: flat = level + k *
-    (typical - flat), with k from 0 to 1.
+    (typical - flat), with k from 0 to 1. At most a third is taken off: where structure is more, the noise is not known.
     """
     shape, weight = np.maximum(typical - flat, 0), 1 / np.maximum(typical, 1e-12) ** 2
     mean, middle = np.average(flat, weights=weight), np.average(shape, weights=weight)
     k = (weight * (shape - middle) * flat).sum() / max((weight * (shape - middle) ** 2).sum(), 1e-30)
-    return mean - np.clip(k, 0, 1) * middle
+    return mean - min(np.clip(k, 0, 1) * middle, mean / 3)
 
 
 def measure_levels(images, correlation, means=None):
@@ -259,9 +259,11 @@ def measure_levels(images, correlation, means=None):
         i = np.flatnonzero(bin_of == k)
         if len(i) >= 100:
             count = max(20, int(0.05 * len(i)))
-            found = level_of(flattest(power[i], structure[i], among, count)[high], power[i][:, high].mean(0))
+            flat = flattest(power[i], structure[i], among, count)[high]
+            found = level_of(flat, power[i][:, high].mean(0))
             chosen = i[np.argsort(structure[i][:, among].sum(1))[:count]]
             disorder = np.median(power[i][:, high].mean(1)) / max(found, 1e-12)  # 1 where all blocks are flat
+            disorder *= flat.mean() / max(found, 1e-12)
             points.append((mean[chosen].mean(), found, count, disorder))
     if not points:
         raise ValueError("too few blocks of like intensity to measure the noise: it needs about an 80x80 image")
