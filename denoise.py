@@ -235,12 +235,12 @@ def train_diffusion(stages, condition):
     known = stages.noise_file
     if json.loads((stages.folder / known).read_text())["compressed"]:
         return "diffusion.pt"
-    steps = max(1, round(stages.args.effort * diffusion.PRESETS["fast"]["steps"]))
+    steps = training.load_checkpoint(stages.path("diffusion.pt"))["args"]["steps"]
     names = {
         path.stem: path.name for path in training.snapshots(stages.path("diffusion.pt"), steps, SNAPSHOTS).values()
     }
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", stages.path(known)]
-    flags += ["--slices", "8", "--json", stages.path("stopping.json"), "--model"]
+    flags += ["--slices", "4", "--json", stages.path("stopping.json"), "--model"]
     flags += [f"{name}={stages.path('bsn.pt')}+{stages.path(file)}" for name, file in names.items()]
     stages.once(evaluate.main, flags, "stopping.json", f"python evaluate.py {shlex.join(flags)}")
     found = json.loads((stages.folder / "stopping.json").read_text())

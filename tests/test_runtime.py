@@ -86,7 +86,7 @@ def test_two_processes_are_one(folder, way):
     one, two = weights(folder / "one.pt"), weights(folder / "two.pt")
     for k in one:
         if torch.is_tensor(one[k]):
-            torch.testing.assert_close(one[k], two[k], rtol=0, atol=1e-5)
+            torch.testing.assert_close(one[k], two[k], rtol=0, atol=5e-5)  # 4 steps of Adam: up to 2e-3 a weight
     if stage != "diffusion":
         same_predictions(folder / "one.h5", folder / "two.h5")
 
@@ -165,7 +165,7 @@ def test_new_learning_rate_on_resume(folder):
 def test_checkpoint_is_plain_and_complete(made):
     """What is shipped holds what prediction needs; what is needed to train on stands beside it."""
     state = training.load_checkpoint(made / "diffusion.pt", "diffusion")
-    assert state["step"] == 4 and state["args"]["lr"] == 1e-3 and state["extra"]["predict"] == "v"
+    assert state["step"] == 4 and state["args"]["lr"] == 5e-4 and state["extra"]["predict"] == "v"
     assert state.keys() == {"stage", "model_args", "extra", "inputs", "step", "args", "ema"}
     whole = training.load_checkpoint(made / "diffusion.pt.part", "diffusion")
     assert whole.keys() - state.keys() == {"model", "optimizer", "scheduler"}
