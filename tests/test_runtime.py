@@ -86,7 +86,7 @@ def test_two_processes_are_one(folder, way):
     one, two = weights(folder / "one.pt"), weights(folder / "two.pt")
     for k in one:
         if torch.is_tensor(one[k]):
-            torch.testing.assert_close(one[k], two[k], rtol=0, atol=5e-5)  # 4 steps of Adam: up to 2e-3 a weight
+            torch.testing.assert_close(one[k], two[k], rtol=0, atol=3e-4)  # 4 steps of Adam move a weight by up to 2e-3
     if stage != "diffusion":
         same_predictions(folder / "one.h5", folder / "two.h5")
 
