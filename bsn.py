@@ -1,8 +1,8 @@
 """Stage 1: the blind-spot network, a first estimate x_c of the clean image from noisy images alone (Sec. 3.4).
 
-Each pixel is predicted from its surroundings and never from itself (J-invariance). Noise that is
-independent of what is around it cannot be predicted: a network that learns the *noisy* pixel learns the clean one. The
-network is PUCA's (Jang et al. 2023): masked convolution, dilated NAF blocks, patch-unshuffle U shape.
+Each pixel is predicted from its surroundings and never from itself (J-invariance). Noise that is independent of what is
+around it cannot be predicted: a network that learns the *noisy* pixel learns the clean one. The network is PUCA's (Jang
+et al. 2023): masked convolution, dilated NAF blocks, patch-unshuffle U shape.
 
     In    knee.h5      volumes/<name>/noisy  (S,H,W) float32, about [0,1], H and W >= 16
     Out   bsn_out.h5   volumes/<name>/pred   (S,H,W) float32, about [0,1]: the condition x_c

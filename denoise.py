@@ -212,11 +212,9 @@ def paper_recipe(stages, estimate, rounds=1):
     suffix = ""
     for k in range(1, rounds + 1):
         condition = ["--cond", stages.path(estimate)]
-        model = (
-            train_diffusion(stages, condition)
-            if k == 1
-            else stages.train(diffusion, *condition, model=f"diffusion{suffix}.pt")
-        )
+        keep = ["--snapshots", SNAPSHOTS] if k == 1 else []
+        model = stages.train(diffusion, *condition, *keep, model=f"diffusion{suffix}.pt")
+        model = best_snapshot(stages) if keep else model
         target = sample(stages, estimate, model, f"srds{suffix}_out.h5")
         flags, student = ["--target", stages.path(target)], f"paper{suffix}.pt"
         estimate = stages.train(distill, *flags, out=f"paper{suffix}_out.h5", model=student)
@@ -224,14 +222,13 @@ def paper_recipe(stages, estimate, rounds=1):
     return estimate, student
 
 
-def train_diffusion(stages, condition):
-    """Trains the diffusion model on the blind-spot estimate and returns the snapshot whose pair errs least.
+def best_snapshot(stages):
+    """The snapshot of diffusion.pt whose pair, conditioned on the blind-spot network's estimate, errs least.
 
     Detail comes back before the noise of the condition does (results/curves): longer training can be worse. The error
     is Stein's estimate, with the noise as it was first measured; stopping.json has it. Without a noise model (JPEG)
     the last snapshot stands.
     """
-    stages.train(diffusion, *condition, "--snapshots", SNAPSHOTS, model="diffusion.pt")
     known = stages.noise_file
     if json.loads((stages.folder / known).read_text())["compressed"]:
         return "diffusion.pt"

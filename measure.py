@@ -266,7 +266,7 @@ def measure_levels(images, correlation, means=None):
             found = level_of(flat, power[i][:, high].mean(0))
             chosen = i[np.argsort(structure[i][:, among].sum(1))[:count]]
             disorder = np.median(power[i][:, high].mean(1)) / max(found, 1e-12)  # 1 where all blocks are flat
-            disorder *= flat.mean() / max(found, 1e-12)
+            disorder *= flat.mean() / max(found, 1e-12)  # and nothing was taken off
             points.append((mean[chosen].mean(), found, count, disorder))
     if not points:
         raise ValueError("too few blocks of like intensity to measure the noise: it needs about an 80x80 image")
@@ -343,18 +343,19 @@ def measure(images, means=None, magnitude=False):
     magnitude: the images are magnitudes (never negative). Near black their noise is Rician, and is left out.
     Raises ValueError if they are too small or too few.
     """
-    found = []
+    points, models, compressed = [], [], jump(images) > JUMP
     for guide in [None] if means is None else [None, means]:
         correlation = measure_correlation(images, guide)
-        points = measure_levels(images, correlation, guide)
+        found = measure_levels(images, correlation, guide)
         if magnitude:
-            above = points[0] > 3 * np.sqrt(points[1])
-            points = points[:, above] if above.any() else points
-        model = make_noise_model(fit_levels(*points), correlation, jump(images) > JUMP)
-        found.append((np.mean([variance(model, image).mean() for image in images]), len(found), points, model))
-    quieter = min(found)[-1]
-    together = fit_levels(*np.concatenate([points for *_, points, _ in found], 1))
-    return make_noise_model(together, quieter["correlation"], quieter["compressed"])
+            above = found[0] > 3 * np.sqrt(found[1])
+            found = found[:, above] if above.any() else found
+        points.append(found)
+        models.append(make_noise_model(fit_levels(*found), correlation, compressed))
+    quieter = min(models, key=lambda model: np.mean([variance(model, image).mean() for image in images]))
+    if means is None:
+        return quieter
+    return quieter | dict(variance=fit_levels(*np.concatenate(points, 1)).tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------------

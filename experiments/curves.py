@@ -79,7 +79,8 @@ def run(args, flags):
     folder, noise_model = Path(args.out[0]), noise.parse_noise_model(args.noise) if args.noise else None
     stages = denoise.Stages(folder, args.data, Namespace(**vars(args), effort=1.0))
     blind = ["--blind-spot", noise_model["blind_spot"]] if noise_model else []
-    stages.train(bsn, *blind, *args.bsn.split(), out="bsn_out.h5", model="bsn.pt")
+    flags_of_bsn = [*stages.data, *blind, *stages.training_flags(bsn), *args.bsn.split()]  # the last ones count
+    stages.run(bsn, *flags_of_bsn, out="bsn_out.h5", model="bsn.pt")
     curve = dict(condition=pooled(args.data, stages.path("bsn_out.h5")), flags=flags, points=[])
     common = [*stages.data, "--cond", stages.path("bsn_out.h5"), "--model", stages.path("diffusion.pt"), "--resume"]
     common += [*map(str, stages.common), "--steps", str(args.at[-1]), "--context", "0"]

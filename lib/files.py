@@ -82,14 +82,15 @@ def no_image(volume):
     """Why a formats.Volume is nothing to denoise, in words: a label map, a mask, a map of something; "" for an image.
 
     By its header; by its name, if that ends as BIDS and FreeSurfer name such files; by its values: images have noise,
-    so that seldom three neighbours outside of the background are equal (at most 8 slices are looked at).
+    so that seldom three neighbours outside of the background are equal (in the middle of at most 8 slices).
     """
     if volume.declared:
         return f"its header calls it a {volume.declared}"
     name = MAPS.search(Path(volume.source).name)
     if name:
         return f"its name says {name[1]}"
-    some = volume.slices[np.unique(np.linspace(0, len(volume.slices) - 1, 8).round().astype(int))]
+    middle = tuple(slice(max(n - WINDOW, 0) // 2, max(n - WINDOW, 0) // 2 + WINDOW) for n in volume.slices.shape[1:])
+    some = volume.slices[(np.unique(np.linspace(0, len(volume.slices) - 1, 8).round().astype(int)), *middle)]
     values, counts = np.unique(some, return_counts=True)
     if len(values) == 2:
         return "it has only two values: a mask"
@@ -100,7 +101,7 @@ def no_image(volume):
     return f"{100 * share:.0f} % of it has the value of its neighbours: a label map" if share > FLAT else ""
 
 
-def read(job, problems, force=True):
+def read(job, problems, force=False):
     """(job, [Volume]). Slices of a DICOM series that cannot be read become problems and are missing in both.
 
     Raises ValueError or OSError if nothing of the job can be read, or if it is no image (`no_image`), unless `force`.
@@ -205,7 +206,7 @@ def read_sources(sources, key=None, acquisition=None, reference=None, brain=Fals
     return (middle(volume, slices) for volume in volumes), problems
 
 
-def training_volumes(jobs, problems, least, force=True):
+def training_volumes(jobs, problems, least, force=False):
     """Yields what to train on: formats.Volumes named <job>-<volume> by number, with finite slices and their `ends`.
 
     Volumes with a side of less than `least` pixels are only taken if there are no others. So that training needs no

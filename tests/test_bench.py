@@ -76,6 +76,7 @@ def test_gpu_and_curves_run_on_a_cpu(tmp_path):
     ok("experiments.gpu", "--out", "g.json", *small, "--bsn", "--steps 2 --width 8", "--", *tiny, cwd=tmp_path)
     found = json.loads((tmp_path / "g.json").read_text())
     points = found["curves"]["points"]
+    assert torch.load(tmp_path / "g/bsn.pt", weights_only=True)["step"] == 2  # --bsn was heard
     assert found["tests"]["passed"] and [p["step"] for p in points] == [2, 4]
     assert all(abs(p["estimated"] - p["pair"]) < 0.5 for p in points) and points[0]["mix"] > 32
     assert "| step |" in (tmp_path / "g/curves.md").read_text()

@@ -10,6 +10,8 @@ from nibabel.openers import ImageOpener
 from lib.formats.common import Volume, as_type, check_grey, check_size
 from lib.runtime import atomic_write
 
+INTENTS = {1001: "map of estimates", 1002: "label map", 1003: "label map", 1005: "matrix", 1007: "vector field"}
+
 
 def slice_axis(image):
     """The axis along which the slices follow each other: the third, unless the voxels are longer along another."""
@@ -44,11 +46,7 @@ def read(item):
 
 def declared_as(intent):
     """What an intent code of NIfTI-1 says a file to be, if that is no image to denoise: in words, or ""."""
-    if 2 <= intent <= 24:
-        return "map of a statistic"
-    return {1001: "map of estimates", 1002: "label map", 1003: "label map", 1005: "matrix", 1007: "vector field"}.get(
-        intent, ""
-    )
+    return "map of a statistic" if 2 <= intent <= 24 else INTENTS.get(intent, "")
 
 
 def write(item, arrays, paths, method):
