@@ -5,6 +5,7 @@
         clean (S,H,W) f4   optional; opened only by evaluate.py and by a run told --target clean
         pred  (S,H,W) f4   in prediction files, under the same volume names
         std   (S,H,W) f4   optional: per-pixel uncertainty of pred
+        gain  (S,H,W) f4   optional: by what factor the noise is stronger there, see noise.py divide
         hidden (S,4,H,W) f4   optional: see bsn.py --hidden
         samples (S,N,H,W) f4  optional: clean images that are possible, see distill.py --samples
     file attrs             format, version, kind (dataset|prediction), stage, args, seed, inputs, noise
@@ -33,6 +34,7 @@ from lib import files, runtime
 from lib.crops import (  # noqa: F401
     around,
     check_crop,
+    enlarge,
     likeness,
     mean_over_symmetries,
     random_crops,

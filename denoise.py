@@ -15,7 +15,8 @@ It runs the stages one after the other and prints, before each, the command that
 
     tuned     a network of weights/, trained on synthetic volumes alone, denoises at once; with its help the noise is
               measured again, and the network goes on learning from your images by recorruption. Of the two, and of the
-              images as they are, the one of least estimated error is kept. --instant stops before the learning
+              images as they are, the one of least estimated error is kept. --instant stops before the learning. Where
+              noise is stronger in some places, or volumes, than in others, images are first divided by a map of it
     scratch   a new student by recorruption; the noise is measured with a blind-spot network and the posterior update
     paper     blind-spot network, diffusion, SRDS, student of the SRDS mean: Demir, Liu et al.; needs no noise model
     auto      tuned; paper if the images were stored as JPEG, for which no noise model holds; scratch for a --context
@@ -44,6 +45,7 @@ import diffusion
 import distill
 import evaluate
 import measure
+import noise
 import posterior
 import srds
 from lib import files, runtime, training
@@ -63,6 +65,7 @@ class Stages:
     """
 
     sampling = ()  # flags for srds.py
+    judged = "denoised.h5"  # the prediction of self.data that `report` is about
 
     def __init__(self, folder, dataset, args, digest=None):
         folder.mkdir(parents=True, exist_ok=True)
@@ -107,6 +110,12 @@ class Stages:
         self.note(out, argv, round(time.monotonic() - began, 1), round(time.process_time() - processor, 1))
         return out
 
+    def estimate(self, flags, out):
+        """evaluate.main with these flags; returns what it wrote to `out` (.json), such as estimated PSNRs."""
+        flags = [*map(str, flags), "--json", self.path(out)]
+        self.once(evaluate.main, flags, out, f"python evaluate.py {shlex.join(flags)}")
+        return json.loads((self.folder / out).read_text())
+
     def note(self, out, argv, seconds, processor_seconds=None):
         self.done[out] = dict(argv=argv, seconds=seconds, processor_seconds=processor_seconds)
         with runtime.atomic_write(self.record) as temporary:
@@ -138,6 +147,7 @@ class Stages:
 # ---------------------------------------------------------------------------------------------------------------
 WEIGHTS = {k: Path(__file__).with_name("weights") / name for k, name in ((0, "images.pt"), (2, "volumes.pt"))}
 TUNING_STEPS, TUNING_RATE = 1500, 1e-3
+UNEVEN = 0.1  # share by which noise differs from place to place; alike everywhere: up to 0.06, X-rays 0.1
 SNAPSHOTS = 4  # of the diffusion model, from which the paper's recipe chooses
 
 
@@ -161,27 +171,57 @@ def tuned_recipe(stages):
     best.json has the estimated PSNR of each. Returns (images, student) as the others.
     """
     few, instant = ["--ensemble", 1], getattr(stages.args, "instant", False)
-    stages.measure_noise("noise_first.json")
-    first = learn(stages, shipped(stages), stages.path("noise_first.json"), 0, *few, name="instant")
-    stages.measure_noise("noise.json", "--pred", stages.path(first))
-    start, known = stages.path("instant.pt"), stages.path("noise.json")
+    as_they_came = stages.data
+    first = look(stages)
+    if even_out(stages, first):
+        first = look(stages, "_even")
+    stages.measure_noise("noise.json", "--pred", stages.path(f"{first}_out.h5"))
+    start, known = stages.path(f"{first}.pt"), stages.path("noise.json")
     students = {"shipped network": start}
     if not instant:
         steps = max(1, round(stages.args.effort * TUNING_STEPS))
-        flags = ["--pred", stages.path(first), "--crop", stages.crop(distill), "--lr", TUNING_RATE]
+        flags = ["--pred", stages.path(f"{first}_out.h5"), "--crop", stages.crop(distill), "--lr", TUNING_RATE]
         learn(stages, start, known, steps, *flags, name="tuned")
         students["tuned network"] = stages.path("tuned.pt")
-    flags = ["--no-reference", *stages.data, "--split", "all", "--noise", known, "--json", stages.path("best.json")]
+    flags = ["--no-reference", *stages.data, "--split", "all", "--noise", known]
     flags += ["--model", *(f"{name}={path}" for name, path in students.items())]
-    stages.once(evaluate.main, flags, "best.json", f"python evaluate.py {shlex.join(flags)}")
-    found = json.loads((stages.folder / "best.json").read_text())
+    found = stages.estimate(flags, "best.json")
     best = max(found, key=lambda name: found[name]["psnr"])
     kept = "images as they are" if best == "noisy" else best
     print(f"denoise: kept the {kept}: estimated PSNR {found[best]['psnr']:.2f} dB", flush=True)
-    if best == "tuned network":
-        return "tuned_out.h5", "tuned.pt"
-    learn(stages, start, "none" if best == "noisy" else known, 0, *(few if instant else []), name="shipped")
-    return "shipped_out.h5", "shipped.pt"
+    images, student = "tuned_out.h5", "tuned.pt"
+    if best != "tuned network":
+        learn(stages, start, "none" if best == "noisy" else known, 0, *(few if instant else []), name="shipped")
+        images, student = "shipped_out.h5", "shipped.pt"
+    if stages.data != as_they_came:
+        flags, stages.judged = [*stages.data, "--pred", stages.path(images), "--like", as_they_came[1]], images
+        images = stages.run(noise, "multiply", *flags, out="multiplied_out.h5")
+    return images, student
+
+
+def look(stages, suffix=""):
+    """A first measurement of the noise, and what the shipped network makes of the images. Returns the latter's name."""
+    name = f"instant{suffix}"
+    stages.measure_noise(f"noise_first{suffix}.json")
+    learn(stages, shipped(stages), stages.path(stages.noise_file), 0, "--ensemble", 1, name=name)
+    return name
+
+
+def even_out(stages, first):
+    """Where the noise differs from place to place, the stages go on with images divided by its map.
+
+    first: name of the student with whose help that is seen, on eight slices. Returns whether it was so.
+    """
+    flags = ["--no-reference", *stages.data, "--split", "all", "--noise", stages.path(stages.noise_file)]
+    flags += ["--model", f"shipped={stages.path(first)}.pt"]
+    seen = stages.estimate([*flags, "--slices", 8], "first.json")
+    if seen["shipped"]["uneven"] < UNEVEN:
+        return False
+    stages.estimate([*flags, "--slices", 8, "--noise-map-out", stages.path("map.h5")], "map.json")
+    even = stages.run(noise, "divide", *stages.data, "--map", stages.path("map.h5"), out="even.h5")
+    stages.data = ["--data", stages.path(even)]
+    print("denoise: the noise is stronger in some places than in others: from here on, images are divided by its map")
+    return True
 
 
 def shipped(stages):
@@ -237,10 +277,9 @@ def best_snapshot(stages):
         path.stem: path.name for path in training.snapshots(stages.path("diffusion.pt"), steps, SNAPSHOTS).values()
     }
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", stages.path(known)]
-    flags += ["--slices", "4", "--json", stages.path("stopping.json"), "--model"]
+    flags += ["--slices", 4, "--model"]
     flags += [f"{name}={stages.path('bsn.pt')}+{stages.path(file)}" for name, file in names.items()]
-    stages.once(evaluate.main, flags, "stopping.json", f"python evaluate.py {shlex.join(flags)}")
-    found = json.loads((stages.folder / "stopping.json").read_text())
+    found = stages.estimate(flags, "stopping.json")
     best = max(names, key=lambda name: found[name]["psnr"])
     print(f"denoise: kept {best}: estimated PSNR of its pair {found[best]['psnr']:.2f} dB", flush=True)
     return names[best]
@@ -285,7 +324,7 @@ def report(stages):
     """Prints what can be told of the denoised images without clean ones."""
     folder = stages.folder
     print(f"\nThe student: {folder / 'student.pt'}; the dataset, denoised: {folder / 'denoised.h5'}\n")
-    flags = ["--pred", stages.path("denoised.h5"), "--split", "all", "--noise", stages.path(stages.noise_file)]
+    flags = ["--pred", f"denoised={stages.path(stages.judged)}", "--split", "all", "--noise", stages.path(stages.noise_file)]
     try:
         evaluate.main(["--no-reference", *stages.data, *flags])
     except ValueError as error:
@@ -325,7 +364,10 @@ def denoise_files(args):
             problems.append("--std: the recipe paper has no noise model, from which the uncertainty would follow")
         student = distill.student(model_path, *options, std=std)
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}"
-    written, kept = files.denoise_files(jobs, student, method, work, problems, args.force, std)
+    known = student.noise_model
+    varies = known and known.get("varies")
+    noise_map = (lambda volume: evaluate.noise_map(student.once, volume, known)) if varies else None
+    written, kept = files.denoise_files(jobs, student, method, work, problems, args.force, std, noise_map)
     if stages:
         report(stages)
     problems = list(dict.fromkeys(problems))

@@ -371,7 +371,8 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
         rngs = [runtime.step_rng(0) for _ in y]  # the same for each slice: what is written depends on y alone
         return torch.cat([x, noise.deviation(known, once, y, x, rngs)], 1) if std else x
 
-    denoise.context, denoise.noise_model, denoise.once = checkpoint["model_args"].get("context", 0), known, once
+    once.context = denoise.context = checkpoint["model_args"].get("context", 0)
+    denoise.noise_model, denoise.once = known, once
     return denoise
 
 

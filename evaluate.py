@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.interpolate import interp1d
 from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.stats import wilcoxon
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
@@ -158,38 +159,86 @@ def no_reference(y, x, noise_model):
     return {"removed": energy, "correlation error": off, "structure": structure}
 
 
-def estimated_error(denoise, y, noise_model, generator, strength=0.1):
-    """Mean square error of a denoiser on one slice, without the clean image: (of denoise(y), of y as it is).
-
-    Stein's unbiased risk estimate for noise of any covariance, by differences (Ramani et al. 2008), for any denoiser:
-
-        |f(y) - y|^2 - s2 + 2 z a,   z fresh noise of the model, a the answer to it (noise.answer), s2 its variance
+def probe(denoise, y, noise_model, generator, strength=0.1):
+    """(slice y, f(y), z, a), each (H,W), of the denoiser f: z is fresh noise, a the answer to it (noise.answer).
 
     Args: denoise: (B,2k+1,H,W) to (B,1,H,W), tensors. y: (1,2k+1,H,W), the slice with its neighbours. strength: of z.
     """
     x = denoise(y)
-    z, change = noise.answer(noise_model, denoise, y, x, [generator], strength)
-    out, z, change = (v[0, 0].numpy().astype(np.float64) for v in (x, z, change))
-    y, joint = y[0, y.shape[1] // 2].numpy(), any(noise_model.get("through", ()))
-    s2 = noise.local_variance(noise_model, gaussian_filter(y, 1.5) if joint else out, y).mean()
-    return np.square(out - y).mean() - s2 + 2 * (z * change).mean(), s2
+    z, a = noise.answer(noise_model, denoise, y, x, [generator], strength)
+    return tuple(v[0, v.shape[1] // 2].numpy() for v in (y, x, z, a))
+
+
+def estimated_error(y, x, z, a, noise_model):
+    """Mean square error of a denoiser on one slice, without the clean image, from `probe`: (of x = f(y), of y itself).
+
+    Stein's unbiased risk estimate for noise of any covariance, by differences (Ramani et al. 2008), for any denoiser:
+
+        |f(y) - y|^2 - s2 + 2 z a,   with s2 the variance of the noise
+    """
+    joint = any(noise_model.get("through", ()))
+    s2 = noise.local_variance(noise_model, gaussian_filter(y, 1.5) if joint else x, y).mean()
+    return np.square(x - y, dtype=np.float64).mean() - s2 + 2 * (z.astype(np.float64) * a).mean(), s2
 
 
 def estimate(denoise, noisy, noise_model, slices=24, seed=0):
     """{"psnr", "sd": estimated PSNR of a denoiser and its standard error, dB; "noisy": that of the images as they are}.
 
     noisy: {name: (S,H,W)}, of which `slices` evenly spaced ones are looked at. denoise.context: neighbours it sees.
-    The error of the noise model itself comes on top, the same for all denoisers.
+    The error of the noise model itself comes on top, the same for all denoisers. "uneven": by what share the noise
+    differs from place to place (standard deviation of the logarithm of noise.gain).
     """
     context, every = getattr(denoise, "context", 0), [(name, s) for name, v in noisy.items() for s in range(v.shape[0])]
     some = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, slices).round().astype(int))]
-    found = []
+    found, gains = [], []
     for k, (name, s) in enumerate(some):
         y = torch.from_numpy(np.asarray(data.read_around(noisy[name], s, context), np.float32))[None]
-        found.append(estimated_error(denoise, y, noise_model, runtime.step_rng(seed, k)))
+        seen = probe(denoise, y, noise_model, runtime.step_rng(seed, k))
+        found.append(estimated_error(*seen, noise_model))
+        gains.append(np.log(noise.gain(noise_model, *(v[None] for v in seen))).ravel())
     (mse, s2), spread = np.mean(found, 0), np.std(found, 0)[0] / max(len(found), 1) ** 0.5
     mse, s2 = max(mse, 1e-3 * s2, 1e-12), max(s2, 1e-12)
-    return dict(psnr=-10 * np.log10(mse), sd=4.34 * spread / mse, noisy=-10 * np.log10(s2))
+    uneven = float(np.concatenate(gains).std())
+    return dict(psnr=-10 * np.log10(mse), sd=4.34 * spread / mse, noisy=-10 * np.log10(s2), uneven=uneven)
+
+
+def noise_map(denoise, volume, noise_model, most=24):
+    """noise.gain of every slice of a noisy volume (S,H,W), found in a few rounds: (S,H/8,W/8).
+
+    denoise: as of `probe`; its attribute `context` is k. With neighbours, `most` slices are looked at and the others
+    lie between them; without, slices have nothing to do with each other.
+    """
+    context, (count, *shape) = getattr(denoise, "context", 0), volume.shape
+    chosen = np.unique(np.linspace(0, count - 1, min(count, most) if context else count).round().astype(int))
+    apart = (count - 1) / max(len(chosen) - 1, 1) if context else None
+    total = np.ones((count, *(-(-n // noise.BLOCK) for n in shape)))
+
+    def look(s):
+        around = data.around(s, count, context)
+        even = [np.asarray(volume[k]) / data.enlarge(total[k], shape) for k in around]
+        y = torch.from_numpy(np.stack(even, dtype=np.float32))[None]
+        return [v[None] for v in probe(denoise, y, noise_model, runtime.step_rng(0, s))]
+
+    for _ in range(3):  # a denoiser that is told too low a level takes off too little: the next round sees more
+        if context:
+            found = noise.gain(noise_model, *map(np.concatenate, zip(*map(look, chosen))), apart)
+        else:
+            found = np.concatenate([noise.gain(noise_model, *look(s)) for s in chosen])
+        total *= interp1d(chosen, found, axis=0)(np.arange(count)) if count > 1 else found
+        if np.log(found).std() < 0.05:
+            break
+    return total
+
+
+def write_noise_map(args, model, noise_model):
+    """Writes `gain` (S,H,W) of every volume: by what factor the noise is stronger there than the model says."""
+    noisy = data.read_volumes(args.data, "noisy", args.split)
+    denoise = runnable(model, 1, (noise_model, noisy))
+    with data.write_volumes(args.noise_map_out, "prediction", "evaluate", vars(args), args.data, noise_model) as add:
+        for name, volume in runtime.progress(noisy.items(), "noise map"):
+            (kept,) = add(name, volume.shape, ["gain"])
+            for s, blocks in enumerate(noise_map(denoise, volume, noise_model)):
+                kept[s] = data.enlarge(blocks, volume.shape[1:])
 
 
 def verdict(m):
@@ -258,11 +307,13 @@ def report_estimates(args, models, noise_model):
     noisy, results = data.read_volumes(args.data, "noisy", args.split), {}
     for name, path in models.items():
         results[name] = estimate(runnable(path, args.ensemble, (noise_model, noisy)), noisy, noise_model, args.slices)
+    uneven = results[name]["uneven"]
     results["noisy"] = dict(psnr=results[name]["noisy"], sd=0.0)
     print("| method | estimated PSNR, dB |\n|---|---|")
     for name, found in results.items():
         print(f"| {name} | {found['psnr']:.2f} ± {found['sd']:.2f} |")
-    print("\nBy Stein's estimate with the noise model; ± is the standard error over slices.\n")
+    print("\nBy Stein's estimate with the noise model; ± is the standard error over slices.")
+    print(f"From place to place, the noise differs by {100 * uneven:.0f} % from the model (standard deviation).\n")
     return results
 
 
@@ -342,10 +393,11 @@ def main(argv=None):
     p.add_argument("--ensemble", type=int, choices=(1, 8), default=1, help="of these students (default 1)")
     p.add_argument("--slices", type=runtime.positive, default=24, help="to estimate their PSNR from (default 24)")
     p.add_argument("--noise", default="measured", help=f"with --no-reference: {measure.NOISE_HELP}")
+    p.add_argument("--noise-map-out", metavar="FILE", help="by what factor the noise differs from place to place (.h5)")
     p.add_argument("--json", help="write the table as JSON")
     p.add_argument("--figure", help="write a figure of the middle slice (.png)")
     args = p.parse_args(argv)
-    runtime.check_outputs([args.data], [f for f in (args.json, args.figure) if f])
+    runtime.check_outputs([args.data], [f for f in (args.json, args.figure, args.noise_map_out) if f])
     preds = parse_predictions(args.pred)
     if args.no_reference:
         students = parse_predictions(args.model)
@@ -354,6 +406,10 @@ def main(argv=None):
         noise_model, results = measure.load_noise_model(args.noise, args.data), {}
         if students:
             results |= report_estimates(args, students, noise_model)
+        if args.noise_map_out:
+            if not students:
+                raise ValueError("--noise-map-out needs --model")
+            write_noise_map(args, list(students.values())[-1], noise_model)
         if preds:
             results |= report_without_reference(args.data, preds, args.split, noise_model)
         return write_json(results, args.json)

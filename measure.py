@@ -351,7 +351,7 @@ def measure(images, means=None, magnitude=False):
             above = found[0] > 3 * np.sqrt(found[1])
             found = found[:, above] if above.any() else found
         points.append(found)
-        models.append(make_noise_model(fit_levels(*found), correlation, compressed))
+        models.append(make_noise_model(fit_levels(*found), correlation, compressed, magnitude=magnitude))
     quieter = min(models, key=lambda model: np.mean([variance(model, image).mean() for image in images]))
     if means is None:
         return quieter
@@ -397,7 +397,9 @@ def measure_file(path, pred=None):
     )
     means = None if means is None else [np.asarray(means[name][s]) for name, s in slices]
     noise_model = measure(images, means, magnitude=bool(lowest >= 0))
-    return noise_model | dict(through=through_slices(volumes, np.array(noise_model["correlation"])))
+    with data.open_file(path) as file:
+        varies = any("gain" in group for group in file["volumes"].values())
+    return noise_model | dict(through=through_slices(volumes, np.array(noise_model["correlation"])), varies=varies)
 
 
 def through_slices(volumes, correlation):

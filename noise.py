@@ -15,14 +15,20 @@ A noise *model* is a plain dict:
     through      [r1, r2]: correlation with the same pixel one and two slices away; None if unknown, taken for 0
     blind_spot   1, 5 or 9: the smallest hole of bsn.py that hides the correlated neighbours of a pixel
     compressed   whether the images were stored as JPEG, which no such model describes
+    magnitude    whether the images are magnitudes, never negative: near black their noise is Rician
+    varies       whether its level differs from place to place: the model then describes images that were divided by a
+                 smooth map, `gain`
 
-measure.py finds it in noisy images alone.
+measure.py finds it in noisy images alone. Where noise is stronger in the middle than at the rim, or differs from volume
+to volume, `divide` makes it alike everywhere, so that every stage can learn; `multiply` brings the results back.
 
     In    clean.h5    volumes/<name>/clean, or `noisy` where there is no clean: the images to add noise to
     Out   knee.h5     volumes/<name>/clean and noisy (S,H,W) float32
 
     python noise.py add --data clean.h5 --kind gaussian --level 6/255 --seed 0 --out knee.h5
     python noise.py add --data clean.h5 --kind poisson --level 200 --correlation 1.2 --seed 0 --out knee_poisson.h5
+    python noise.py divide --data knee.h5 --map map.h5 --out even.h5               # map.h5: evaluate.py --noise-map-out
+    python noise.py multiply --data even_out.h5 --map map.h5 --like knee.h5 --out knee_out.h5
 """
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -34,6 +40,7 @@ from scipy.ndimage import gaussian_filter
 KINDS = ("gaussian", "poisson", "gamma")
 REACH = 6  # pixels: noise farther apart counts as independent
 ROOT = (3.936, -10.478, 13.704, -6.182)  # 3.936 u - 10.478 u^2 ... is sqrt(u) within 5 % for u from 0.1 to 1: `samples`
+BLOCK = 8  # pixels: side of the blocks in which `gain` looks at the noise
 SEEN = 0.065  # correlation between neighbours that a blind spot must not leave open
 
 
@@ -85,10 +92,10 @@ def known(kind, level, correlation=0):
     return make_noise_model([power * (k == KINDS.index(kind)) for k in range(3)], inner)
 
 
-def make_noise_model(variance, correlation, compressed=False, through=(0.0, 0.0)):
+def make_noise_model(variance, correlation, compressed=False, through=(0.0, 0.0), magnitude=False, varies=False):
     """A noise model from its numbers; adds the blind spot that hides the correlated neighbours of a pixel.
 
-    variance: [a, b, c]. correlation: (13,13). through: correlation one and two slices away.
+    variance: [a, b, c]. correlation: (13,13). through: correlation one and two slices away. The others: see the module.
     """
     correlation, offset = np.asarray(correlation), np.abs(np.arange(-REACH, REACH + 1))
     distance = offset[:, None] + offset[None]  # the hole of bsn.py is a diamond
@@ -99,6 +106,8 @@ def make_noise_model(variance, correlation, compressed=False, through=(0.0, 0.0)
         through=[r if r is None else round(float(r), 5) for r in through],
         blind_spot=1 if beyond[0] < SEEN else 5 if beyond[1] < SEEN else 9,
         compressed=bool(compressed),
+        magnitude=bool(magnitude),
+        varies=bool(varies),
     )
 
 
@@ -233,6 +242,49 @@ def samples(noise_model, f, y, x, generator, count, strength=0.1):
     return np.stack(out[:count]).astype(np.float32)
 
 
+def in_squares(v):
+    """Means over BLOCK x BLOCK pixels of (S,H,W); those at the lower and right rim may be smaller."""
+    (_, h, w), ends = v.shape, np.add.reduceat
+    sums = ends(ends(v.astype(np.float64), np.arange(0, h, BLOCK), 1), np.arange(0, w, BLOCK), 2)
+    sides = [np.diff(np.append(np.arange(0, n, BLOCK), n)) for n in (h, w)]
+    return sums / np.outer(*sides)
+
+
+def gain(noise_model, y, x, z, a, apart=None):
+    """By what factor the noise around each block is stronger than the model says: smooth, about 1, (S,H/8,W/8).
+
+    Args, all (S,H,W): y noisy; x = f(y), what a denoiser f makes of it; z fresh noise of the model, a the answer of f
+    to it (`answer`). apart: how many slices lie from one of these to the next, of one volume; None for images that
+    have nothing to do with each other.
+
+    Of noise z, f takes off z - a; of the image y it took off y - x. The ratio of their energies at high frequencies,
+    where structure seldom is, is the square of the gain. Its logarithm is averaged over about 1.5 blocks and 2 slices
+    around; blocks that stand out, where structure was taken off, count little. Blocks without noise, and dark ones of
+    magnitudes, take the gain of others.
+    """
+    s2, same = variance(noise_model, x), np.zeros(y.shape, bool)
+    least = 0.02 * s2.mean() + 1e-12  # of the variance: dark places of Poisson noise tell nothing
+    same[:, 1:, 1:] = (y[:, 1:, 1:] == y[:, :-1, 1:]) & (y[:, 1:, 1:] == y[:, 1:, :-1])
+    sigma, level = (2 / apart if apart else 0, 1.5, 1.5), np.sqrt(np.maximum(s2, least))
+    taken = ((y - x) / level, (z - a) / level)
+    energy = (in_squares(np.square(v - gaussian_filter(v, (0, 0.7, 0.7)))) for v in taken)
+    removed, expected = (np.maximum(v, 1e-12) for v in energy)
+    expected = gaussian_filter(expected, (0, 0.7, 0.7))
+    keep = (in_squares(same) < 0.15) & (removed > 1e-3 * expected) & (in_squares(s2) > least)
+    if noise_model.get("magnitude"):
+        keep &= in_squares(x) > 3 * np.sqrt(in_squares(s2))
+    if not keep.any():
+        return np.ones(removed.shape)
+    ratio = np.log(removed / expected)
+    share, middle = keep.astype(float), np.median(ratio[keep])
+    for _ in range(6):
+        smooth = gaussian_filter(share * ratio, sigma, mode="constant") + 1e-3 * middle
+        smooth /= gaussian_filter(share, sigma, mode="constant") + 1e-3
+        off = ratio - smooth
+        share = keep / (1 + np.square(off / np.where(off > 0, 0.15, 0.3)))
+    return np.exp(smooth / 2)
+
+
 def facts(noise_model, volumes):
     """What distill.ToldResUNet is told, (9,): variance [a, b, c], deviation over all of {name: (S,H,W)}, correlations.
 
@@ -252,8 +304,6 @@ def facts(noise_model, volumes):
 # ---------------------------------------------------------------------------------------------------------------
 import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import data
@@ -289,7 +339,8 @@ def parse_noise_model(text):
         through = found.get("through", [0.0, 0.0])
         if len(through) != 2 or any(r is not None and not abs(r) <= 1 for r in through):
             raise ValueError(f"through {through}")
-        return make_noise_model(coefficients, table, found.get("compressed", False), through)
+        flags = {name: found.get(name, False) for name in ("compressed", "magnitude", "varies")}
+        return make_noise_model(coefficients, table, through=through, **flags)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{text} is not a noise model of measure.py: {error!r}") from None
 
@@ -302,6 +353,7 @@ def summary(noise_model):
         return f"{table[REACH + dy, REACH + dx]:+.3f}"
 
     erased = "stored as JPEG, which erases noise where images are flat: the level is too low, and no model holds\n"
+    varies = "not alike everywhere: of images divided by a map of it\n" if noise_model.get("varies") else ""
     through = " ".join("unknown" if r is None else f"{r:+.3f}" for r in noise_model.get("through", [None, None]))
     return (
         f"{law(noise_model)}: variance {a:.3g} + {b:.3g} x + {c:.3g} x^2 at intensity x; standard deviation "
@@ -309,7 +361,7 @@ def summary(noise_model):
         f"correlation with the pixel 1, 2, 3 along the rows {' '.join(at(0, k) for k in (1, 2, 3))}, "
         f"the columns {' '.join(at(k, 0) for k in (1, 2, 3))}, the diagonals {at(1, 1)} {at(1, -1)}\n"
         f"correlation one and two slices away {through}\n"
-        f"{erased if noise_model['compressed'] else ''}blind spot to use: {noise_model['blind_spot']}"
+        f"{varies}{erased if noise_model['compressed'] else ''}blind spot to use: {noise_model['blind_spot']}"
     )
 
 
@@ -332,12 +384,53 @@ def add_to_file(args):
             noisy.parent.attrs["fingerprint"] = data.fingerprint(noisy)
 
 
+def divide(args):
+    """Divides the images by the map of their noise: from then on it is alike everywhere. The map stays with them."""
+    noisy, gains = data.read_volumes(args.data), data.read_matching(args.map, args.data, "gain")
+    with data.open_file(args.data) as file:
+        clean = [name for name in gains if "clean" in file["volumes"][name]]
+    clean = data.read_volumes(args.data, "clean", names=clean) if clean else {}
+    with data.write_volumes(args.out, "dataset", "noise", vars(args), like=args.data) as new_volume:
+        for name, gain in gains.items():
+            keys = ["gain", "noisy", *(["clean"] if name in clean else [])]
+            kept, *divided = new_volume(name, gain.shape, keys)
+            for s in range(gain.shape[0]):
+                kept[s] = gain[s]
+                for array, source in zip(divided, (noisy, clean)):
+                    array[s] = source[name][s] / kept[s]
+            divided[0].parent.attrs["fingerprint"] = data.fingerprint(divided[0])
+    print(f"noise: {len(gains)} volumes, divided by {args.map} -> {args.out}", flush=True)
+
+
+def multiply(args):
+    """Multiplies a prediction of divided images by their map: a prediction of the images as they were."""
+    gains, attrs = data.read_volumes(args.data, "gain"), data.read_attrs(args.pred)[0]
+    pred = data.read_matching(args.pred, args.data)
+    made = args.out, "prediction", attrs["stage"], vars(args), args.like, attrs["noise"]
+    with data.write_volumes(*made) as new_volume:
+        for name, x in pred.items():
+            (out,) = new_volume(name, x.shape, ["pred"])
+            for s in range(x.shape[0]):
+                out[s] = x[s] * gains[name][s]
+    print(f"noise: {len(pred)} volumes -> {args.out}", flush=True)
+
+
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["measure"]:  # for one release; it is `python measure.py` now
-        return subprocess.call([sys.executable, Path(__file__).with_name("measure.py"), *argv[1:]])
     p = runtime.parser(__doc__)
-    q = p.add_subparsers(required=True).add_parser("add", help="clean images to a noisy dataset")
+    commands = p.add_subparsers(required=True)
+    q = commands.add_parser("divide", help="makes the noise alike everywhere")
+    q.add_argument("--data", required=True, help="dataset (.h5) of noisy images")
+    q.add_argument("--map", required=True, help="file (.h5) of evaluate.py --noise-map-out, made from it")
+    q.add_argument("--out", required=True, help="dataset to write (.h5)")
+    q.set_defaults(command=divide)
+    q = commands.add_parser("multiply", help="brings a prediction of divided images back")
+    q.add_argument("--data", required=True, help="dataset (.h5) that `divide` wrote")
+    q.add_argument("--pred", required=True, help="prediction file (.h5) made from it")
+    q.add_argument("--like", required=True, help="dataset (.h5) from which `divide` made it")
+    q.add_argument("--out", required=True, help="prediction to write (.h5)")
+    q.set_defaults(command=multiply)
+    q = commands.add_parser("add", help="clean images to a noisy dataset")
+    q.set_defaults(command=add_to_file)
     q.add_argument("--data", required=True, help="dataset (.h5) of clean images")
     q.add_argument("--kind", choices=KINDS, default="gaussian", help="default gaussian")
     level = "Gaussian: standard deviation, share of the range, such as 6/255; Poisson: photons at intensity 1; "
@@ -346,8 +439,9 @@ def main(argv=None):
     q.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     q.add_argument("--out", required=True, help="dataset to write (.h5)")
     args = p.parse_args(argv)
-    runtime.check_outputs([args.data], [args.out])
-    add_to_file(args)
+    command = args.__dict__.pop("command")
+    runtime.check_outputs([v for k, v in vars(args).items() if k in ("data", "map", "pred", "like")], [args.out])
+    command(args)
 
 
 if __name__ == "__main__":

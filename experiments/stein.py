@@ -35,7 +35,8 @@ def errors(folder, model, noise_model):
     denoise, found = distill.student(model, told=(noise_model, noisy)), []
     for k, (name, s) in enumerate([(v, s) for v in noisy for s in range(0, len(noisy[v]), 2)]):
         y = torch.from_numpy(np.asarray(data.read_around(noisy[name], s, denoise.context), np.float32))[None]
-        estimated = evaluate.estimated_error(denoise, y, noise_model, runtime.step_rng(0, k))[0]
+        seen = evaluate.probe(denoise, y, noise_model, runtime.step_rng(0, k))
+        estimated = evaluate.estimated_error(*seen, noise_model)[0]
         found.append((np.square(denoise(y)[0, 0].numpy() - clean[name][s]).mean(dtype=np.float64), estimated))
     return np.array(found).T
 

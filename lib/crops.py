@@ -105,6 +105,17 @@ def rms_difference(a, b):
     return (squares / count) ** 0.5
 
 
+def enlarge(blocks, shape):
+    """Means over blocks of 8x8 pixels (h/8,w/8) as a smooth image of `shape` (h,w), float32, linear between centres."""
+    for axis, n in enumerate(shape):
+        at = np.clip((np.arange(n) - 3.5) / 8, 0, blocks.shape[axis] - 1)
+        low = np.minimum(at.astype(int), max(blocks.shape[axis] - 2, 0))
+        high = np.minimum(low + 1, blocks.shape[axis] - 1)
+        part = (at - low).reshape(-1, *[1] * (1 - axis))
+        blocks = blocks.take(low, axis) * (1 - part) + blocks.take(high, axis) * part
+    return blocks.astype(np.float32)
+
+
 def tiling(bytes_per_pixel, crop, memory):
     """(side, overlap) of tiles in pixels, multiples of 32, such that a network takes a third of `memory` bytes.
 

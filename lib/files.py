@@ -268,12 +268,14 @@ def spread(slices):
     return np.nan_to_num(np.nanstd(slices.astype(np.float32)))
 
 
-def denoise_volume(volume, denoise):
+def denoise_volume(volume, denoise, noise_map=None):
     """(slices, std) of a formats.Volume, denoised one by one, in their own units and type; what is not finite stays.
 
     denoise: callable, a float32 tensor (1,2k+1,H,W) of a slice with k neighbours on each side, about [0,1], to
     (1,1,H,W), or (1,2,H,W) with the standard deviation; its attribute `context` is k (0 without one). What it changes
     is added to the stored numbers, so that no change returns the same bits. std: (S,H,W) float32, 0 if there is none.
+    noise_map: callable, the mapped volume (S,H,W) to how much stronger than the denoiser expects its noise is, in
+    blocks of 8x8 pixels (S,H/8,W/8): the slices are divided by it, and what comes out is multiplied by it.
     Raises ValueError below 16x16 pixels, or for a single slice that needs neighbours.
     """
     low, high = finite_range(volume.slices)
@@ -294,24 +296,29 @@ def denoise_volume(volume, denoise):
         y /= scale
         return np.nan_to_num(y.astype(np.float32, copy=False), copy=False, nan=0, posinf=1, neginf=0)
 
+    gains = noise_map(np.stack([mapped(s) for s in range(count)])) if noise_map else None
+
+    def gain(s):
+        return 1 if gains is None else crops.enlarge(gains[s], volume.slices.shape[1:])
+
     out = np.empty(volume.slices.shape, volume.slices.dtype)
     for s in range(count):
         which = crops.around(s, count, context)
-        ready = {k: ready[k] if k in ready else mapped(k) for k in which}  # each slice is mapped once
+        ready = {k: ready[k] if k in ready else mapped(k) / gain(k) for k in which}  # each slice is mapped once
         x, *deviation = denoise(torch.from_numpy(np.stack([ready[k] for k in which]))[None])[0].numpy()
         x -= ready[s]
-        x *= scale
+        x *= scale * gain(s)
         out[s] = formats.as_type(volume.slices[s] + x, out.dtype)
         if deviation:
-            std[s] = deviation[0] * abs(scale)
+            std[s] = deviation[0] * abs(scale) * gain(s)
     return out, std
 
 
-def denoise_files(jobs, denoise, method, folder, problems, force=False, std=False):
+def denoise_files(jobs, denoise, method, folder, problems, force=False, std=False, noise_map=None):
     """Reads, denoises and writes every job. Returns (number of files written, number that were there already).
 
     Args:
-        denoise: see `denoise_volume`. method: a text that identifies it. folder: Path, for files.json.
+        denoise, noise_map: see `denoise_volume`. method: a text that identifies it. folder: Path, for files.json.
         problems: list to which a line is added for each file that is left out. force: replace existing files.
         std: whether to write the standard deviations, which denoise then gives, to Job.std.
     """
@@ -331,7 +338,7 @@ def denoise_files(jobs, denoise, method, folder, problems, force=False, std=Fals
             continue
         try:
             readable, volumes = read(job, problems, force)
-            arrays, deviations = zip(*(denoise_volume(volume, denoise) for volume in volumes))
+            arrays, deviations = zip(*(denoise_volume(volume, denoise, noise_map) for volume in volumes))
             record_state(record, done, name, {**entry, "whole": False})  # from here on, what is at `paths` is ours
             formats.write(readable.item, arrays, readable.paths, method)
             if std:

@@ -67,12 +67,13 @@ def test_estimated_error_is_the_true_one(kind, level, blur, through):
         return 0.5 * smooth[:, 1:2] + 0.25 * (v[:, :1] + v[:, 2:])
 
     true = np.square(linear(y)[0, 0].numpy() - x[1]).mean()
-    found, s2 = evaluate.estimated_error(linear, y, model, rng)
+    found, s2 = evaluate.estimated_error(*evaluate.probe(linear, y, model, rng), model)
     assert abs(found / true - 1) < 0.08 and abs(s2 / np.square(y[0, 1].numpy() - x[1]).mean() - 1) < 0.08
-    same, s2 = evaluate.estimated_error(lambda v: v[:, 1:2], y, model, rng)
+    same, s2 = evaluate.estimated_error(*evaluate.probe(lambda v: v[:, 1:2], y, model, rng), model)
     assert abs(same / s2 - 1) < 0.04
     if through:  # ignored, the noise that goes through the slices would pass for structure
-        wrong, _ = evaluate.estimated_error(linear, y, model | dict(through=[0.0, 0.0]), rng)
+        model = model | dict(through=[0.0, 0.0])
+        wrong, _ = evaluate.estimated_error(*evaluate.probe(linear, y, model, rng), model)
         assert wrong < found * 0.9
 
 
@@ -122,11 +123,11 @@ def test_images_stay_as_they_are_if_that_is_best(tmp_path, monkeypatch):
     """Whatever the estimate prefers is kept: told that the noisy images are best, the files come back bit for bit."""
     y = ellipses(np.random.default_rng(0), 1, 160, 160)[0] + np.random.default_rng(1).normal(0, 0.02, (160, 160))
     np.save(tmp_path / "a.npy", y.astype(np.float32))
-    monkeypatch.setattr(evaluate, "estimate", lambda *_, **__: dict(psnr=30.0, sd=0.0, noisy=34.0))
+    monkeypatch.setattr(evaluate, "estimate", lambda *_, **__: dict(psnr=30.0, sd=0.0, noisy=34.0, uneven=0.0))
     done = ok("denoise", "a.npy", "--out", "out", "--instant", cwd=tmp_path)
     assert "0 neighbouring slices" in done.stdout and "kept the images as they are" in done.stdout
     assert np.array_equal(np.load(tmp_path / "out/a.npy"), y.astype(np.float32))
-    monkeypatch.setattr(evaluate, "estimate", lambda *_, **__: dict(psnr=36.0, sd=0.0, noisy=34.0))
+    monkeypatch.setattr(evaluate, "estimate", lambda *_, **__: dict(psnr=36.0, sd=0.0, noisy=34.0, uneven=0.0))
     done = ok("denoise", "a.npy", "--out", "other", "--instant", cwd=tmp_path)
     assert "kept the shipped network" in done.stdout and not np.array_equal(np.load(tmp_path / "other/a.npy"), y)
 

@@ -1,0 +1,110 @@
+"""Noise that is stronger in some places than in others: its map, and images that are divided by it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ellipses, ok
+from scipy.ndimage import gaussian_filter
+
+import data
+import distill
+import evaluate
+import noise
+from lib import crops
+
+LEVEL = 8 / 255
+
+
+def uneven(slices=6, h=120, w=136):
+    """(clean, noisy, by what factor the noise is stronger than LEVEL), (slices,h,w) float32: strong in the middle."""
+    x = gaussian_filter(ellipses(np.random.default_rng(1), slices, h, w), (0.5, 0.7, 0.7)).astype(np.float32)
+    rows, columns = np.mgrid[:h, :w]
+    g = 0.6 + 1.2 * np.exp(-((rows - h / 2) ** 2 + (columns - w / 2) ** 2) / (0.3 * h) ** 2)
+    y = x + LEVEL * g * np.random.default_rng(2).standard_normal(x.shape)
+    return x, y.astype(np.float32), np.broadcast_to(g, x.shape).astype(np.float32)
+
+
+def write(path, x, y):
+    with data.write_volumes(path, "dataset", "test") as add:
+        noisy, clean = add("v", y.shape, ["noisy", "clean"], split="train", scale=1.0, offset=0.0)
+        noisy[:], clean[:] = y, x
+
+
+def test_enlarge():
+    """Constant stays constant, a ramp stays a ramp between the centres of the outer blocks, a single block is enough."""
+    ramp = noise.in_squares(np.broadcast_to(np.arange(40.0)[:, None], (40, 24))[None])[0]
+    assert np.allclose(crops.enlarge(ramp, (40, 24))[4:-4], np.arange(4, 36)[:, None])
+    assert (crops.enlarge(np.full((1, 1), 3.0), (5, 7)) == 3).all()
+
+
+def test_in_squares():
+    """Blocks at the rim are means over the pixels that there are."""
+    v = np.random.default_rng(0).random((2, 19, 16))
+    found = noise.in_squares(v)
+    assert found.shape == (2, 3, 2) and found[1, 2, 1] == pytest.approx(v[1, 16:, 8:].mean())
+
+
+@pytest.mark.parametrize("context, level", [(0, LEVEL), (2, LEVEL), (2, 0.6 * LEVEL)])
+def test_the_map_is_found(context, level):
+    """Of a denoiser that is told one level for all, also one that is too low; where the noise is alike, hardly any."""
+    x, y, g = uneven()
+    model = noise.known("gaussian", level)
+    told = distill.student(f"weights/{'volumes' if context else 'images'}.pt", told=(model, {"": y}))
+    blocks = evaluate.noise_map(told.once, y, model)
+    found = np.stack([crops.enlarge(b, y.shape[1:]) for b in blocks]) * level / LEVEL
+    ratio = found / g
+    assert np.mean(np.abs(ratio / np.median(ratio) - 1) < 0.15) > 0.85 and 0.8 < np.median(ratio) < 1.1
+    assert evaluate.estimate(told, {"": y}, model, 4)["uneven"] > 0.1
+    alike = (x + LEVEL * np.random.default_rng(3).standard_normal(x.shape)).astype(np.float32)
+    assert evaluate.estimate(told, {"": alike}, noise.known("gaussian", LEVEL), 4)["uneven"] < 0.08
+
+
+def test_dark_magnitudes_do_not_count():
+    """Near black, the noise of magnitudes is weaker: no reason for a map."""
+    model, rng = noise.known("gaussian", 1.0) | dict(magnitude=True), np.random.default_rng(0)
+    x = np.zeros((1, 96, 96)) + 20 * (np.arange(96) > 48)
+    y = np.hypot(x + rng.standard_normal(x.shape), rng.standard_normal(x.shape))
+    z = rng.standard_normal(x.shape)
+    for known, weak in ((model, False), (model | dict(magnitude=False), True)):
+        found = noise.gain(known, y, np.where(x > 0, x, 1.25), z, 0 * z)
+        assert (found[0, :, :4].mean() < 0.8 * found[0, :, 8:].mean()) == weak
+
+
+def test_divide_and_multiply(tmp_path):
+    """What was divided comes back, under the old fingerprint; the noise model says that it is of divided images."""
+    x, y, g = uneven(3)
+    write(tmp_path / "a.h5", x, y)
+    with data.write_volumes(tmp_path / "map.h5", "prediction", "evaluate", like=tmp_path / "a.h5") as add:
+        add("v", g.shape, ["gain"])[0][:] = g
+    ok("noise", *"divide --data a.h5 --map map.h5 --out even.h5".split(), cwd=tmp_path)
+    even = data.read_volumes(tmp_path / "even.h5")["v"]
+    assert np.allclose(even, y / g) and np.allclose(data.read_volumes(tmp_path / "even.h5", "clean")["v"], x / g)
+    with data.write_volumes(tmp_path / "p.h5", "prediction", "bsn", like=tmp_path / "even.h5") as add:
+        add("v", g.shape, ["pred"])[0][:] = even
+    ok("noise", *"multiply --data even.h5 --pred p.h5 --like a.h5 --out out.h5".split(), cwd=tmp_path)
+    assert np.allclose(data.read_matching(tmp_path / "out.h5", tmp_path / "a.h5")["v"], y, atol=1e-6)
+    ok("measure", *"--data even.h5 --out law.json".split(), cwd=tmp_path)
+    assert noise.parse_noise_model(str(tmp_path / "law.json"))["varies"]
+
+
+def test_denoise_divides(tmp_path):
+    """Folder and dataset: the map is used, for new files as well, and pays at least 0.5 dB."""
+    x, y, g = uneven()
+    write(tmp_path / "a.h5", x, y)
+    np.save(tmp_path / "a.npy", y)
+    done = ok("denoise", *"--data a.h5 --out set --instant --context 2".split(), cwd=tmp_path)
+    assert "images are divided by its map" in done.stdout and "| denoised |" in done.stdout
+    known = json.loads((tmp_path / "set/noise.json").read_text())
+    assert known["varies"]
+    flat = distill.student("weights/volumes.pt", told=(noise.known("gaussian", LEVEL * np.sqrt(np.mean(g**2))), {"": y}))
+    rival = [flat(torch.from_numpy(data.read_around(y, s, 2))[None])[0, 0].numpy() for s in range(len(y))]
+
+    def psnr(out):
+        return -10 * np.log10(np.mean((out - x) ** 2))
+
+    inside = psnr(data.read_volumes(tmp_path / "set/denoised.h5", "pred")["v"])
+    ok("denoise", *"a.npy --out new --model set/student.pt".split(), cwd=tmp_path)
+    files = psnr(np.load(tmp_path / "new/a.npy"))
+    assert min(inside, files) > psnr(np.stack(rival)) + 0.5 and abs(inside - files) < 0.2
