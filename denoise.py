@@ -152,6 +152,7 @@ def blind_spot_estimate(stages):
 def learn(stages, start, noise_file, steps, *flags, name):
     """Recorruption from a student on, told that noise; with 0 steps it is only told. Returns the name of its images."""
     known = ["--target", "recorrupted", "--noise", noise_file, "--init", start, "--steps", steps, *flags]
+    known += ["--crop", stages.crop(distill)]
     return stages.run(distill, *stages.data, *known, *stages.common, out=f"{name}_out.h5", model=f"{name}.pt")
 
 
@@ -168,7 +169,7 @@ def tuned_recipe(stages):
     students = {"shipped network": start}
     if not instant:
         steps = max(1, round(stages.args.effort * TUNING_STEPS))
-        flags = ["--pred", stages.path(first), "--crop", stages.crop(distill), "--lr", TUNING_RATE]
+        flags = ["--pred", stages.path(first), "--lr", TUNING_RATE]
         learn(stages, start, known, steps, *flags, name="tuned")
         students["tuned network"] = stages.path("tuned.pt")
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", known, "--json", stages.path("best.json")]

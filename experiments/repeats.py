@@ -8,13 +8,14 @@
     python -m experiments.repeats REPEATS.h5 --out FOLDER
     python -m experiments.repeats REPEATS.h5 --out FOLDER --methods none --also NAME=denoised.nii.gz   # only the table
 
-Methods: nlm and bm3d, told the mean level in the brain; instant, tuned: `denoise.py run.nii.gz` with --instant, and with
---effort of its training. The level is that of repeats of one kind that follow each other: half of their mean square
-difference. It holds what changes from one to the next, pulse and breath as well as noise.
+Methods: nlm and bm3d, told the mean level in the brain; instant, tuned: `denoise.py run.nii.gz` with --instant, and
+with --effort of its training. The level is the median over the brain of what each voxel's standard deviation is between
+repeats of one kind that follow each other: half of the mean square difference. Pulse and breath change the image from
+one to the next too; the median keeps the few voxels in which they do so most from deciding.
 
 The reference of a repeat is the mean of the others of its kind, untouched. It has noise of its own, 1 / (n - 1) of the
-variance, and the head drifts and moves against it. So even the repeat without noise would have an error: that of the
-untouched repeats less the level. `limit` is its PSNR, and `error` what is left of a method's when it is taken off.
+variance, and the head drifts, pulses and moves against it. So even the repeat without noise would have an error: that
+of the untouched repeats less the level. `limit` is its PSNR, and `error` what is left of a method's beyond it.
 
     PSNR, SSIM    of each repeat against its reference; range: the brightest voxel of the run. SSIM slice by slice
     error         root mean square in the brain, beyond the limit's, in levels
@@ -59,8 +60,10 @@ def others(run):
 
 
 def level(run, mask):
-    """Root mean square level of the noise where the mask is, from repeats of one kind that follow each other."""
-    return float(np.sqrt(np.square(run[2:, mask] - run[:-2, mask]).mean() / 2))
+    """Standard deviation of the noise, median where the mask is: from repeats of one kind that follow each other."""
+    found = np.median(np.square(run[2:, mask] - run[:-2, mask]).mean(0) / 2)
+    count = (len(run) - 2) / 1.5  # of independent squares: each repeat is in two differences
+    return float(np.sqrt(found / (1 - 2 / (9 * count)) ** 3))  # the median of chi^2 is below its mean
 
 
 def temporal_variance(run, mask):
