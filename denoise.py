@@ -162,6 +162,7 @@ def blind_spot_estimate(stages):
 def learn(stages, start, noise_file, steps, *flags, name):
     """Recorruption from a student on, told that noise; with 0 steps it is only told. Returns the name of its images."""
     known = ["--target", "recorrupted", "--noise", noise_file, "--init", start, "--steps", steps, *flags]
+    known += ["--crop", stages.crop(distill)]
     return stages.run(distill, *stages.data, *known, *stages.common, out=f"{name}_out.h5", model=f"{name}.pt")
 
 
@@ -180,7 +181,7 @@ def tuned_recipe(stages):
     students = {"shipped network": start}
     if not instant:
         steps = max(1, round(stages.args.effort * TUNING_STEPS))
-        flags = ["--pred", stages.path(f"{first}_out.h5"), "--crop", stages.crop(distill), "--lr", TUNING_RATE]
+        flags = ["--pred", stages.path(f"{first}_out.h5"), "--lr", TUNING_RATE]
         learn(stages, start, known, steps, *flags, name="tuned")
         students["tuned network"] = stages.path("tuned.pt")
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", known]
@@ -324,7 +325,8 @@ def report(stages):
     """Prints what can be told of the denoised images without clean ones."""
     folder = stages.folder
     print(f"\nThe student: {folder / 'student.pt'}; the dataset, denoised: {folder / 'denoised.h5'}\n")
-    flags = ["--pred", f"denoised={stages.path(stages.judged)}", "--split", "all", "--noise", stages.path(stages.noise_file)]
+    flags = ["--pred", f"denoised={stages.path(stages.judged)}", "--split", "all"]
+    flags += ["--noise", stages.path(stages.noise_file)]
     try:
         evaluate.main(["--no-reference", *stages.data, *flags])
     except ValueError as error:

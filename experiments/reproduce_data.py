@@ -16,6 +16,10 @@ takes their place:
     FOLDER/chest_xray              the first 60 files normal_*, 512x512: 42, 3 and 15
     FOLDER/m4raw_pairs.h5          `noisy` one repetition, `mean3` the mean of three, (n,256,256) uint8: the first 240
                                    pairs, blocks of 70, 10 and 20 %, against the mean of the other two
+
+Table m4raw, at either scale: M4Raw as Corruption2Self (Tu et al., ICLR 2025) measures it. Of FOLDER/m4raw, every
+repetition in multicoil_train is an image to train on, by itself; the first in multicoil_test, or else in multicoil_val,
+is denoised and compared with the mean of all, of which a scan of the test set has six.
 """
 
 from pathlib import Path
@@ -33,6 +37,7 @@ METHODS = {  # {table: methods, as reproduce.py names them}
     3: RIVALS,
     4: ["paper", "paper-2", "paper-3", "ours", "ours-2", "ours-3"],
     5: ["nlm", "single", "srds", "kd-single", "paper", "single25", "srds25"],
+    "m4raw": ["supervised", "nlm", "noise2self", "nei2nei", "puca", "paper", "ours"],
 }
 CORRELATIONS = (0.5, 1.2)
 MRI = {"gaussian": "6/255", "poisson": "200", "gamma": "100"}
@@ -41,7 +46,7 @@ LEVELS = {"knee": MRI, "brain": MRI, "siim": XRAY, "head": MRI, "chest": XRAY, "
 TITLES = {
     "knee": "Knee", "brain": "Brain T2w", "siim": "Chest X-ray", "m4raw-T1": "M4Raw T1w",
     "m4raw-FLAIR": "M4Raw FLAIR", "head": "Head T1w", "chest": "Chest X-ray", "m4raw": "M4Raw pairs",
-    "mni": "Built-in brain",
+    "mni": "Built-in brain", "m4raw6-T1": "T1w", "m4raw6-T2": "T2w", "m4raw6-FLAIR": "FLAIR",
 }  # fmt: skip
 FIRST = 200  # images of the test sets of fastMRI and SIIM
 
@@ -52,8 +57,9 @@ FIRST = 200  # images of the test sets of fastMRI and SIIM
 def cells(table, scale, sets):
     """[(image set, kind of noise, correlation, seed)] of a table; kind None: the images have noise of their own."""
     synthetic = [name for name in sets if not name.startswith("m4raw")]
-    if table == 3:
-        return [(name, None, 0, 0) for name in sets if name.startswith("m4raw")]
+    if table in (3, "m4raw"):
+        own = [name for name in sets if name.startswith("m4raw") and name.startswith("m4raw6") == (table == "m4raw")]
+        return [(name, None, 0, 0) for name in own]
     if not synthetic:
         return []
     first = "knee" if scale == "paper" else synthetic[0]
@@ -94,6 +100,10 @@ def available(scale, folders):
             found[dataset] = paths[0]
     if scale == "small" and not {"head", "chest"} & set(found):
         found = {"mni": None} | found
+    for path in (Path(folder) / "m4raw" for folder in folders):
+        for name in ("m4raw6-T1", "m4raw6-T2", "m4raw6-FLAIR"):
+            if name not in found and any(path.glob(f"multicoil_train/*_{name[7:]}01.h5")):
+                found[name] = path
     return found
 
 
@@ -129,6 +139,10 @@ def paper_sources(dataset, path):
     if dataset == "siim":
         sources = {split: sorted((path / split).rglob("*.dcm")) for split in ("train", "test")}
         return {**sources, "test": sources["test"][:FIRST]}, ["--patch", "300"]
+    if dataset.startswith("m4raw6"):
+        test = "multicoil_test" if (path / "multicoil_test").exists() else "multicoil_val"
+        patterns = {"train": f"multicoil_train/*_{dataset[7:]}[0-9][0-9].h5", "test": f"{test}/*_{dataset[7:]}01.h5"}
+        return {split: sorted(path.glob(pattern)) for split, pattern in patterns.items()}, ["--reference", "mean"]
     pattern = {"knee": "*.h5", "brain": "*AXT2*.h5", "m4raw-T1": "*_T101.h5", "m4raw-FLAIR": "*_FLAIR01.h5"}[dataset]
     kind = "multicoil" if (path / "multicoil_train").exists() else "singlecoil"
     folders = {"train": f"{kind}_train", "test": f"{kind}_val"}

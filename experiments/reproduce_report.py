@@ -28,6 +28,8 @@ NAMES = {
     "paper-3": "Paper's recipe, round 3", "ours": "Our recipe (recorruption)", "ours-2": "Our recipe, round 2",
     "ours-3": "Our recipe, round 3", "single": "no SRDS, no KD", "srds": "SRDS", "kd-single": "KD",
     "single25": "no SRDS, no KD, 25 steps", "srds25": "SRDS, 25 steps",
+    "n2v": "Noise2Void", "r2r": "Recorrupted2Recorrupted", "n2n": "Noise2Noise", "c2s": "Corruption2Self",
+    "swinir": "SwinIR, supervised", "restormer": "Restormer, supervised",
 }  # fmt: skip
 BOLD = (
     "Bold: the best of the self-supervised, if it is above each other one at p < 0.05 (paired Wilcoxon test over "
@@ -85,6 +87,14 @@ PAPER = {}  # {table: (what it is about, columns, {method: [PSNR/SSIM]})}
 for block in PAPER_TEXT.strip().split("\n\n"):
     about, heads, *rows = block.splitlines()
     PAPER[len(PAPER) + 1] = about, heads, {method: numbers for method, *numbers in map(str.split, rows)}
+M4RAW = {  # Corruption2Self's table, on M4Raw: T1w, T2w, FLAIR
+    "n2v": ["31.46/0.870"], "noise2self": ["31.72/0.887"], "r2r": ["31.67/0.876"], "n2n": ["32.59/0.911"],
+    "c2s": ["32.77/0.919", "32.33/0.890", "32.51/0.876"], "swinir": ["32.53/0.913"], "restormer": ["32.35/0.912"],
+}  # fmt: skip
+ABOUT = {
+    **PAPER,
+    "m4raw": ("single repetitions against the mean of six, as of Corruption2Self", "T1w | T2w | FLAIR", M4RAW),
+}
 
 
 class Column:
@@ -122,7 +132,7 @@ class Column:
 def columns(runs, table):
     """The columns of a table that have been run: of each, the seeds with all of its methods, or else the first seed."""
     sets, groups = [name for name in TITLES if any(run["dataset"] == name for run in runs)], {}
-    own = [m for m in METHODS[table] if table < 4 or m not in RIVALS]  # methods that no other table has
+    own = [m for m in METHODS[table] if table not in (4, 5) or m not in RIVALS]  # methods that no other table has
     for *key, seed in cells(table, runs[0]["scale"], sets):
         found = [run for run in runs if (*key_of(run), run["seed"]) == (*key, seed)]
         if any(m in run["methods"] for run in found for m in own):
@@ -134,7 +144,7 @@ def columns(runs, table):
 def markdown(table, cols):
     """A table in the paper's layout, and below it the paper's own."""
     order = [m for m in ("noisy", *METHODS[table]) if any(col.has(m) for col in cols)]
-    about, heads, rows = PAPER[table]
+    about, heads, rows = ABOUT[table]
     lines = [f"## Table {table}: {about}", "", f"| | {' | '.join(c.title for c in cols)} |"]
     lines.append("|---" * (len(cols) + 1) + "|")
     best = {measure: [col.best(METHODS[table], measure) for col in cols] for measure in ("psnr", "ssim")}
@@ -152,7 +162,12 @@ def markdown(table, cols):
     counts = sorted({int(col.runs[0]["methods"]["noisy"]["n"]) for col in cols})
     seeds = max(len(col.runs) for col in cols)
     lines += ["", f"PSNR/SSIM. Test images: {', '.join(map(str, counts))}; seeds of the training: {seeds}.", ""]
-    lines += ["The paper's, on its data:", "", f"| | {heads} |", "|---" * (heads.count("|") + 2) + "|"]
+    lines += [
+        "Corruption2Self's, on M4Raw:" if table == "m4raw" else "The paper's, on its data:",
+        "",
+        f"| | {heads} |",
+        "|---" * (heads.count("|") + 2) + "|",
+    ]
     lines += [f"| {name[method]} | {' | '.join(numbers)} |" for method, numbers in rows.items()]
     return [*lines, ""]
 
@@ -284,7 +299,7 @@ def write(out, work):
         raise ValueError(f"{out} holds no cell of reproduce.py")
     if len({(run["scale"], run["budget"]) for run in runs}) > 1:
         raise ValueError(f"{out} holds cells of several scales or budgets")
-    tables = {table: cols for table in PAPER if (cols := columns(runs, table))}
+    tables = {table: cols for table in ABOUT if (cols := columns(runs, table))}
     budget, scale = runs[0]["budget"], f"Scale {runs[0]['scale']}"
     scale += f": every learned method has {budget:g} seconds of training on one core" if budget else ""
     commits = sorted({m["commit"] for run in runs for m in run["methods"].values() if "commit" in m})

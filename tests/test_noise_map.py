@@ -33,7 +33,7 @@ def write(path, x, y):
 
 
 def test_enlarge():
-    """Constant stays constant, a ramp stays a ramp between the centres of the outer blocks, a single block is enough."""
+    """Constant stays constant, a ramp a ramp between the centres of the outer blocks; a single block is enough."""
     ramp = noise.in_squares(np.broadcast_to(np.arange(40.0)[:, None], (40, 24))[None])[0]
     assert np.allclose(crops.enlarge(ramp, (40, 24))[4:-4], np.arange(4, 36)[:, None])
     assert (crops.enlarge(np.full((1, 1), 3.0), (5, 7)) == 3).all()
@@ -98,7 +98,8 @@ def test_denoise_divides(tmp_path):
     assert "images are divided by its map" in done.stdout and "| denoised |" in done.stdout
     known = json.loads((tmp_path / "set/noise.json").read_text())
     assert known["varies"]
-    flat = distill.student("weights/volumes.pt", told=(noise.known("gaussian", LEVEL * np.sqrt(np.mean(g**2))), {"": y}))
+    level = LEVEL * np.sqrt(np.mean(g**2))
+    flat = distill.student("weights/volumes.pt", told=(noise.known("gaussian", level), {"": y}))
     rival = [flat(torch.from_numpy(data.read_around(y, s, 2))[None])[0, 0].numpy() for s in range(len(y))]
 
     def psnr(out):

@@ -40,9 +40,10 @@ def test_paper_scale_sets(tmp_path, monkeypatch):
             folder.mkdir(parents=True)
             write_dicom(folder / "image.dcm", rng.integers(0, 4000, (700, 310)), k, inverted=k == 1)
     sets = reproduce_data.available("paper", [tmp_path / "nothing", tmp_path])
-    assert list(sets) == ["brain", "knee", "siim", "m4raw-T1", "m4raw-FLAIR"]
+    assert list(sets) == ["brain", "knee", "siim", "m4raw-T1", "m4raw-FLAIR", "m4raw6-T1", "m4raw6-FLAIR"]
     shapes = {"knee": (8, 3, 300), "brain": (8, 3, 300), "siim": (4, 6, 300), "m4raw-T1": (2, 2, 64)}
-    for name, (train, test, side) in (shapes | {"m4raw-FLAIR": (2, 2, 64)}).items():
+    shapes |= {"m4raw-FLAIR": (2, 2, 64), "m4raw6-T1": (6, 2, 64)}  # of one scan, all three repetitions
+    for name, (train, test, side) in shapes.items():
         out = tmp_path / f"{name}.h5"
         reproduce_data.make(name, sets[name], out, tmp_path)
         for split, n in (("train", train), ("test", test)):
@@ -85,6 +86,30 @@ def test_small_scale_runs_and_resumes(tmp_path):
     assert {**again, "methods": None} == {**first, "methods": None}
     wrong = run("experiments.reproduce", *flags[:-1], "0.3", cwd=tmp_path)
     assert wrong.returncode == 2 and "give another --out" in wrong.stderr
+
+
+def test_m4raw_as_others_measure_it(tmp_path, monkeypatch):
+    """Scans of the simulated scanner, as files: single repetitions to train on, the mean of six to compare with."""
+    with data.write_volumes(tmp_path / "clean.h5", "dataset", "test") as add:
+        for split in ("train", "test"):
+            x = ellipses(np.random.default_rng(len(split)), 3, 96, 96)
+            add(split, x.shape, ["clean"], split=split)[0][:] = x
+    ok("experiments.scanner", "--data", "clean.h5", "--no-kspace", "--out", "sets/m4raw", cwd=tmp_path)
+    monkeypatch.setitem(reproduce_data.METHODS, "m4raw", ["supervised", "nlm"])
+    flags = ["--table", "m4raw", "--data", "sets", "--budget", "0.2", "--work", "work"]
+    ok("experiments.reproduce", *flags, cwd=tmp_path)
+    dataset = tmp_path / "work/m4raw6-T1.h5"
+    assert len(data.read_volumes(dataset, "noisy", "train")) == 6
+    (noisy,), (clean,) = (data.read_volumes(dataset, key, "test").values() for key in ("noisy", "clean"))
+    attrs = data.read_attrs(dataset)[1]["test_2022061001_T101"]
+    files = sorted((tmp_path / "sets/m4raw/multicoil_test").iterdir())
+    images = [h5py.File(path)["reconstruction_rss"][:] for path in files]
+    assert len(images) == 6
+    np.testing.assert_allclose(noisy * attrs["scale"] + attrs["offset"], images[0], rtol=1e-4)
+    np.testing.assert_allclose(clean * attrs["scale"] + attrs["offset"], np.mean(images, 0), rtol=1e-4)
+    table = (tmp_path / "reproduced/tables.md").read_text()
+    assert "## Table m4raw: single repetitions against the mean of six" in table and "| Supervised | " in table
+    assert "| Corruption2Self | 32.77/0.919 | 32.33/0.890 | 32.51/0.876 |" in table and "Table 3" not in table
 
 
 def test_cells_of_the_paper():
