@@ -76,7 +76,9 @@ def plan(sources, out, key=None, acquisition=None, sides=(), bids=False, share=(
             continue
         beside = {name: bids_names.output(item, out, name) for name in sides} if bids else {}
         beside = beside or {name: formats.side_path(item, paths, name) for name in sides}
-        beside |= {"sidecar": bids_names.sidecar(paths[0])} if bids else {}
+        if bids:
+            images = {"denoised": paths[0], **beside}
+            beside |= {f"sidecar {name}": bids_names.sidecar(path) for name, path in images.items()}
         all_paths = [*paths, *beside.values()]
         for path in all_paths:
             if path.resolve() in inputs:
@@ -381,12 +383,12 @@ def denoise_files(jobs, denoise, method, folder, problems, force=False, share=(0
 def write_sides(job, volumes, arrays, root, told):
     """Writes what stands beside the files of a job, which are written: arrays {what: [(S,H,W)]}, and what follows.
 
-    "removed" is what was read less what the written files hold; "sidecar" is the JSON of BIDS, with `told`, for a
-    dataset in the folder `root`.
+    "removed" is what was read less what the written files hold; "sidecar <what>" is the JSON of BIDS, with `told`, for
+    a dataset in the folder `root`.
     """
     for name, path in job.sides.items():
-        if name == "sidecar":
-            bids_names.write_sidecar(job.item, job.paths[0], root, told)
+        if name.startswith("sidecar "):
+            bids_names.write_sidecar(job.item, path, root, {"Content": name.partition(" ")[2], **told})
         elif name == "removed":
             after = formats.read(job.item._replace(files=tuple(job.paths)))
             changed = [difference(a.slices, b.slices) for a, b in zip(volumes, after)]

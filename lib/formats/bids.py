@@ -77,14 +77,15 @@ def metadata(path):
 
 
 def write_sidecar(item, path, root, told):
-    """Writes the JSON beside `path`, made from the item: what the input's says, where it comes from, and `told`.
+    """Writes the JSON file `path` of a derivative of an item: what the input's says, where it comes from, and `told`.
 
-    root: the folder of the derivatives. SkullStripped is copied if the input says it: denoising changes nothing there.
+    root: the folder of the derivatives. SkullStripped, which BIDS requires here, is false if the input does not say it:
+    denoising strips nothing.
     """
     source = item.files[0]
     link = links([item], root)
     uri = f"bids:{next(iter(link))}:{source.resolve().relative_to(root_of(source.resolve())).as_posix()}"
-    write_json(sidecar(path), {**metadata(source), "Sources": [uri], **told})
+    write_json(path, {"SkullStripped": False, **metadata(source), "Sources": [uri], **told})
 
 
 def links(items, root):
@@ -102,7 +103,10 @@ def check(root):
 
 
 def describe(items, root):
-    """Writes dataset_description.json of the derivatives of these items; links of an earlier run stay."""
+    """Writes dataset_description.json of the derivatives of these items; links of an earlier run stay.
+
+    And .bidsignore, so that validators pass over our work folder.
+    """
     path, found = root / "dataset_description.json", links(items, root)
     if path.exists():
         found = json.loads(path.read_text()).get("DatasetLinks", {}) | found
@@ -114,6 +118,8 @@ def describe(items, root):
     made = dict(Name="Denoised images", BIDSVersion=VERSION, DatasetType="derivative")
     made |= dict(GeneratedBy=[dict(Name="DiffDenoise", Version=RELEASE)], SourceDatasets=sources, DatasetLinks=found)
     write_json(path, made)
+    if not (root / ".bidsignore").exists():
+        (root / ".bidsignore").write_text("diffdenoise/\n")
 
 
 def write_json(path, content):
