@@ -3,7 +3,7 @@
     python -m experiments.many_files                                # 10,000 .npy files of 32x32, on Linux
     python -m experiments.many_files --count 500 --kills 3
 
-The student is the one of `denoise.py --instant` on 30 of them. Memory is the resident memory of the process (VmRSS),
+The student is the one of `denoise.py --instant` on ten like them of 256x256. Memory is the resident memory of the process (VmRSS),
 read every half second while it runs.
 """
 
@@ -23,14 +23,15 @@ ROOT = Path(__file__).parent.parent
 SIDE = 32
 
 
-def make(folder, count):
-    """Noisy blobs of SIDE pixels, 16 bits."""
+def make(folder, count, side):
+    """Noisy blobs of side x side pixels, 16 bits."""
     folder.mkdir()
-    y, x = np.mgrid[:SIDE, :SIDE] / SIDE
+    y, x = np.mgrid[:side, :side] / side
     for k in range(count):
         rng = np.random.default_rng(k)
         image = sum(np.exp(-30 * ((y - a) ** 2 + (x - b) ** 2)) for a, b in rng.random((4, 2)))
-        np.save(folder / f"{k:05d}.npy", (1000 * image + 50 * rng.standard_normal((SIDE, SIDE)) + 300).astype(np.uint16))
+        noisy = 1000 * image + 50 * rng.standard_normal((side, side)) + 300
+        np.save(folder / f"{k:05d}.npy", noisy.astype(np.uint16))
 
 
 def start(folder, *flags):
@@ -72,8 +73,8 @@ def main():
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        make(folder / "few", 30)
-        make(folder / "in", args.count)
+        make(folder / "few", 10, 256)
+        make(folder / "in", args.count, SIDE)
         if start(folder, "few", "--out", "first", "--instant").wait():
             raise ValueError("no student")
         flags = ["in", "--model", "first/diffdenoise/student.pt", "--out"]
@@ -90,7 +91,8 @@ def main():
         print(f"the same command again, with nothing to do: {again[-1][0]:.1f} s", flush=True)
         rng, goals = random.Random(0), []
         for _ in range(args.kills):
-            process, goal = start(folder, *flags, "killed"), finished(folder / "killed") + rng.randrange(args.count // 6)
+            goal = finished(folder / "killed") + rng.randrange(args.count // (args.kills + 1))
+            process = start(folder, *flags, "killed")
             while process.poll() is None and finished(folder / "killed") < goal:
                 time.sleep(0.05)
             time.sleep(rng.uniform(0, 0.05))
@@ -101,8 +103,8 @@ def main():
         expected, found = images(folder / "out"), images(folder / "killed")
         differing = sum(expected.get(name) != digest for name, digest in found.items())
         left = len(list((folder / "killed").rglob("*.tmp")))
-        print(f"killed after {', '.join(map(str, goals))} files, then to the end: {len(found)} files, {differing} differ,")
-        print(f"{left} temporary files are left", flush=True)
+        print(f"killed after {', '.join(map(str, goals))} files, then to the end: {len(found)} files, of which")
+        print(f"{differing} differ from those of the run that was left alone; {left} temporary files", flush=True)
 
 
 if __name__ == "__main__":

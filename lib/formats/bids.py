@@ -1,7 +1,7 @@
 """BIDS: where a derivative of a NIfTI file goes, what it is called, and the JSON beside it (bids-specification 1.10).
 
-    sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz       becomes, under another folder,
-    sub-01/ses-a/anat/sub-01_ses-a_desc-denoised_T1w.nii.gz and .json, and there is one dataset_description.json
+sub-01/ses-a/anat/sub-01_ses-a_T1w.nii.gz       becomes, under another folder,
+sub-01/ses-a/anat/sub-01_ses-a_desc-denoised_T1w.nii.gz and .json, and there is one dataset_description.json
 """
 
 import json
@@ -119,7 +119,7 @@ def describe(items, root):
     made |= dict(GeneratedBy=[dict(Name="DiffDenoise", Version=RELEASE)], SourceDatasets=sources, DatasetLinks=found)
     write_json(path, made)
     if not (root / ".bidsignore").exists():
-        (root / ".bidsignore").write_text("diffdenoise/\n")
+        (root / ".bidsignore").write_text("diffdenoise\ndiffdenoise/**\n")
 
 
 def write_json(path, content):
