@@ -30,6 +30,7 @@ started again, goes on where it stopped; if the data changed, all stages run aga
 named in a line and left out; the rest goes on, and the exit code is 1.
 """
 
+import contextlib
 import json
 import os
 import shlex
@@ -48,7 +49,7 @@ import measure
 import noise
 import posterior
 import srds
-from lib import files, runtime, training
+from lib import files, record, runtime, training
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -350,33 +351,35 @@ def train_on_files(args, jobs, work, problems):
     return stages, train(stages, args.recipe, args.rounds)
 
 
-def denoise_files(args):
-    """Image files in, files of the same kind out, by args.model or by a student trained on them. Returns exit code."""
-    out, stages, std = Path(args.out), None, args.std
+def denoise_files(args, held):
+    """Image files in, files of the same kind out, by args.model or by a student trained on them. Returns exit code.
+
+    held: a contextlib.ExitStack, for what is let go of at the end.
+    """
+    out, stages, std, work = Path(args.out), None, args.std, Path(args.out) / "diffdenoise"
+    share, tell = record.share_of(args.share, args.model), record.teller(args.json)
     model_path = Path(args.model) if args.model else out / "diffdenoise" / "student.pt"
     options = args.device, args.precision, args.memory, args.ensemble or (1 if args.model or args.instant else 8)
     student = distill.student(model_path, *options, std=std) if args.model else None
-    jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, args.std)
-    work = out / "diffdenoise"
-    work.mkdir(parents=True, exist_ok=True)
+    sides = [name for name in ("std", "removed") if getattr(args, name)]
+    jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, sides, args.bids, share)
+    held.enter_context(record.lock(work, share))
     if not args.model:
         stages, recipe = train_on_files(args, jobs, work, problems)
         if std and recipe == "paper":
-            std = False
+            std, jobs = False, [job._replace(sides=files.without(job.sides, "std")) for job in jobs]
             problems.append("--std: the recipe paper has no noise model, from which the uncertainty would follow")
         student = distill.student(model_path, *options, std=std)
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}"
     known = student.noise_model
-    varies = known and known.get("varies")
-    noise_map = (lambda volume: evaluate.noise_map(student.once, volume, known)) if varies else None
-    written, kept = files.denoise_files(jobs, student, method, work, problems, args.force, std, noise_map)
-    if stages:
+    if known and known.get("varies"):
+        student.noise_map = lambda volume: evaluate.noise_map(student.once, volume, known)
+    told = dict(Method=method, Parameters={"Ensemble": options[-1]}, NoiseModel=student.noise_model)
+    stop = held.enter_context(runtime.stoppable("this file"))
+    counts = files.denoise_files(jobs, student, method, work, problems, args.force, share, stop, tell, told)
+    if stages and not stop:
         report(stages)
-    problems = list(dict.fromkeys(problems))
-    for problem in problems:
-        print(f"denoise.py: left out: {problem}", file=sys.stderr)
-    print(f"{written} files written to {out}, {kept} were there already, {len(problems)} left out")
-    return 1 if problems else 0
+    return record.finish(out, *counts, problems, stop, tell)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -396,6 +399,10 @@ def main(argv=None):
     training.context_flag(p)
     p.add_argument("--ensemble", type=int, choices=(1, 8), help="mean over 8 symmetries (default 8; 1 with --model)")
     p.add_argument("--std", action="store_true", help="write the uncertainty beside each file, as <name>_std")
+    p.add_argument("--removed", action="store_true", help="write noisy - denoised beside each file, as <name>_removed")
+    p.add_argument("--bids", action="store_true", help="BIDS in, BIDS derivatives out: names, JSON files")
+    p.add_argument("--share", metavar="K/N", help="denoise only the K-th of N shares of the files; needs --model")
+    p.add_argument("--json", action="store_true", help="print a line of JSON for each file, and all else to stderr")
     p.add_argument("--force", action="store_true", help="replace files, and denoise masks and label maps")
     p.add_argument("--memory", type=runtime.size, default="2G", help="for large images, in bytes (default 2G)")
     p.add_argument("--key", help="dataset in plain HDF5 files that hold more than one")
@@ -403,8 +410,10 @@ def main(argv=None):
     args = p.parse_args(argv)
     if bool(args.inputs) + bool(args.data) + args.demo != 1:
         raise ValueError("give image files or folders, or --data, or --demo")
-    if args.data and (args.model or args.std or args.force or args.key or args.acquisition):
-        raise ValueError("--model, --std, --force, --key and --acquisition are for image files, not for --data")
+    named = ("model", "std", "removed", "bids", "share", "json", "force", "key", "acquisition")
+    given = [f"--{name}" for name in named if getattr(args, name)]
+    if given and not args.inputs:
+        raise ValueError(f"{', '.join(given)}: these are for image files alone")
     if args.instant and (args.model or args.recipe not in ("auto", "tuned")):
         raise ValueError("--instant is for the recipe tuned, without --model")
     if not args.effort > 0:
@@ -415,11 +424,17 @@ def main(argv=None):
         common += ["--device", args.device, "--precision", args.precision]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
         return subprocess.call([sys.executable, "-m", "experiments.demo", *map(str, common)], env=env)
-    if args.inputs:
-        return denoise_files(args)
-    stages = Stages(Path(args.out), args.data, args, data.fingerprints(args.data))
-    train(stages, args.recipe, args.rounds)
-    report(stages)
+    with contextlib.ExitStack() as held:
+        if args.json:
+            args.json = sys.stdout
+            held.enter_context(contextlib.redirect_stdout(sys.stderr))
+        if args.inputs:
+            return denoise_files(args, held)
+        digest = data.fingerprints(args.data)
+        held.enter_context(record.lock(Path(args.out)))
+        stages = Stages(Path(args.out), args.data, args, digest)
+        train(stages, args.recipe, args.rounds)
+        report(stages)
 
 
 if __name__ == "__main__":

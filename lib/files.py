@@ -1,21 +1,24 @@
 """From image files to what a network trains on, and a denoiser over image files, written under another folder.
 
-A file is written completely or not at all. files.json records each one, with a digest of its input and the denoiser, so
-that a run started again goes on after the last file. An existing file is replaced only if this same run had begun to
-write it, or with `force`. What cannot be read or written becomes a line in `problems`, and the rest goes on.
+A file is written completely or not at all. A log (lib/record.py) has each one, with a digest of its input and the
+denoiser, so that a run started again goes on after the last file. An existing file is replaced only if this same run
+had begun to write it, or with `force`. What cannot be read or written becomes a line in `problems`; the rest goes on.
 """
 
+import errno
 import hashlib
 import itertools
-import json
+import os
 import re
+import time
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from lib import crops, formats, runtime
+from lib import crops, formats, record, runtime
+from lib.formats import bids as bids_names
 
 KINDS = formats.KINDS
 PIXELS = 64_000_000  # to train on, at most
@@ -25,11 +28,11 @@ WINDOW = 768  # side in pixels of what is cut out of a slice if there are more
 
 
 class Job(NamedTuple):
-    """item: formats.Item. paths: its output files. std: the file for its uncertainty, or None. digest: of its input."""
+    """item: formats.Item. paths: its output files. sides: {what: file beside them}. digest: of its input."""
 
     item: formats.Item
     paths: list
-    std: Path | None
+    sides: dict
     digest: str
 
 
@@ -44,23 +47,39 @@ def digest(paths):
     return found.hexdigest()
 
 
-def plan(sources, out, key=None, acquisition=None, std=False):
-    """([Job], [problem]) for image files and folders; out: Path of the folder to write to; std: also the uncertainty.
+def plan(sources, out, key=None, acquisition=None, sides=(), bids=False, share=(0, 1)):
+    """([Job], [problem]) for image files and folders; out: Path of the folder to write to.
 
+    Args: sides: what is written beside each file, such as "std". bids: `out` gets BIDS derivatives. share: (k, n), only
+    every n-th job from the k-th on; the first share has the problems that are found before.
     Raises ValueError if nothing can be denoised, or if `out` is a file, lies in an input or would replace one.
     """
     for source in map(Path, sources):
-        if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
+        derived = bids and source.resolve() / "derivatives" in out.resolve().parents
+        if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents) and not derived:
             raise ValueError(f"--out {out} lies in the input {source}: give another folder")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file, not a folder")
-    items, problems = formats.find(sources, key, acquisition)
+    above = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"--out {out} cannot be written, {above} is read-only: give another folder")
+    items, problems = formats.find(sources, key, acquisition, bids=bids)
+    if bids:
+        bids_names.check(out)
     inputs = {file.resolve() for item in items for file in item.files}
     jobs, taken = [], {}
     for item in items:
-        paths = formats.outputs(item, out)
-        std_path = formats.std_path(item, paths) if std else None
-        all_paths = [*paths, *([std_path] if std else [])]
+        try:
+            paths = [bids_names.output(item, out)] if bids else formats.outputs(item, out)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        beside = {name: bids_names.output(item, out, name) for name in sides} if bids else {}
+        beside = beside or {name: formats.side_path(item, paths, name) for name in sides}
+        if bids:
+            images = {"denoised": paths[0], **beside}
+            beside |= {f"sidecar {name}": bids_names.sidecar(path) for name, path in images.items()}
+        all_paths = [*paths, *beside.values()]
         for path in all_paths:
             if path.resolve() in inputs:
                 raise ValueError(f"--out {out} would replace the input {path}: give another folder")
@@ -68,14 +87,21 @@ def plan(sources, out, key=None, acquisition=None, std=False):
         if twice:
             problems.append(f"{item.files[0]} would go to {twice}, as {taken[twice]} does: denoise them apart")
             continue
-        try:
-            jobs.append(Job(item, paths, std_path, f"{digest(item.files)} {item.kind} {key}"))
-            taken.update(dict.fromkeys(all_paths, item.files[0]))
-        except OSError as error:
-            problems.append(str(error))
+        taken.update(dict.fromkeys(all_paths, item.files[0]))
+        jobs.append(Job(item, paths, beside, f"{item.kind} {key}"))
     if not jobs:
         raise ValueError(problems[0] if problems else f"{', '.join(map(str, sources))}: nothing there to denoise")
-    return jobs, problems
+    if bids and share[0] == 0:
+        bids_names.describe([job.item for job in jobs], out)
+    problems, mine = [] if share[0] else problems, []
+    for job in runtime.progress(jobs[share[0] :: share[1]], "read"):
+        try:
+            mine.append(job._replace(digest=f"{digest(job.item.files)} {job.digest}"))
+        except OSError as error:
+            problems.append(f"{error.filename} cannot be read: {error.strerror}")
+    if not mine and share[1] == 1:
+        raise ValueError(problems[0])
+    return mine, problems
 
 
 def no_image(volume):
@@ -268,14 +294,14 @@ def spread(slices):
     return np.nan_to_num(np.nanstd(slices.astype(np.float32)))
 
 
-def denoise_volume(volume, denoise, noise_map=None):
+def denoise_volume(volume, denoise):
     """(slices, std) of a formats.Volume, denoised one by one, in their own units and type; what is not finite stays.
 
     denoise: callable, a float32 tensor (1,2k+1,H,W) of a slice with k neighbours on each side, about [0,1], to
     (1,1,H,W), or (1,2,H,W) with the standard deviation; its attribute `context` is k (0 without one). What it changes
     is added to the stored numbers, so that no change returns the same bits. std: (S,H,W) float32, 0 if there is none.
-    noise_map: callable, the mapped volume (S,H,W) to how much stronger than the denoiser expects its noise is, in
-    blocks of 8x8 pixels (S,H/8,W/8): the slices are divided by it, and what comes out is multiplied by it.
+    Its attribute noise_map, if any: callable, the mapped volume (S,H,W) to how much stronger than expected its noise
+    is, in blocks of 8x8 pixels (S,H/8,W/8): the slices are divided by it, and what comes out is multiplied by it.
     Raises ValueError below 16x16 pixels, or for a single slice that needs neighbours.
     """
     low, high = finite_range(volume.slices)
@@ -296,6 +322,7 @@ def denoise_volume(volume, denoise, noise_map=None):
         y /= scale
         return np.nan_to_num(y.astype(np.float32, copy=False), copy=False, nan=0, posinf=1, neginf=0)
 
+    noise_map = getattr(denoise, "noise_map", None)
     gains = noise_map(np.stack([mapped(s) for s in range(count)])) if noise_map else None
 
     def gain(s):
@@ -314,45 +341,86 @@ def denoise_volume(volume, denoise, noise_map=None):
     return out, std
 
 
-def denoise_files(jobs, denoise, method, folder, problems, force=False, std=False, noise_map=None):
+def denoise_files(jobs, denoise, method, folder, problems, force=False, share=(0, 1), stop=(), tell=None, told=None):
     """Reads, denoises and writes every job. Returns (number of files written, number that were there already).
 
     Args:
-        denoise, noise_map: see `denoise_volume`. method: a text that identifies it. folder: Path, for files.json.
-        problems: list to which a line is added for each file that is left out. force: replace existing files.
-        std: whether to write the standard deviations, which denoise then gives, to Job.std.
+        denoise: see `denoise_volume`; gives deviations too for a side "std". method: a text that identifies it.
+        folder: Path, for the log. problems: list to which a line is added for each file that is left out, as for those
+        that are not tried once the disk is full. force: replace existing files. share: of `plan`. stop: ends the run
+        before the next file when it is no longer empty. tell: see record.teller. told: {key: value} for BIDS sidecars.
     """
-    record = folder / "files.json"
-    done = json.loads(record.read_text()) if record.exists() else {}
+    done, tell = record.read(folder), tell or record.teller(None)
     written = kept = 0
-    for job in runtime.progress(jobs, "denoise"):
-        paths = [*job.paths, *([job.std] if std else [])]
-        entry = {"mark": f"{job.digest} {method}"}
+    for k, job in enumerate(runtime.progress(jobs, "denoise")):
+        if stop:
+            break
+        began, paths, mark = time.monotonic(), [*job.paths, *job.sides.values()], f"{job.digest} {method}"
         name = hashlib.blake2b(str([p.relative_to(folder.parent) for p in paths]).encode(), digest_size=8).hexdigest()
-        if done.get(name) == {**entry, "whole": True} and all(path.exists() for path in paths):
+        state = done.get(name, {})
+        whole = state.get("whole") if state.get("mark") == mark else None  # None: this run has not begun it
+        if whole and all(path.exists() for path in paths):
             kept += len(job.paths)
+            tell_files(tell, job, "kept")
             continue
         existing = next((path for path in paths if path.exists()), None)
-        if existing and not force and done.get(name) != {**entry, "whole": False}:
-            problems.append(f"{existing} exists already, and is not of this run: --force replaces it")
-            continue
         try:
+            if existing and not force and whole is not False:
+                raise FileExistsError(f"{existing} exists already, and is not of this run: --force replaces it")
             readable, volumes = read(job, problems, force)
-            arrays, deviations = zip(*(denoise_volume(volume, denoise, noise_map) for volume in volumes))
-            record_state(record, done, name, {**entry, "whole": False})  # from here on, what is at `paths` is ours
+            arrays, deviations = zip(*(denoise_volume(volume, denoise) for volume in volumes))
+            record.add(folder, share, done, name, mark, whole=False)  # from here on, what is at `paths` is ours
             formats.write(readable.item, arrays, readable.paths, method)
-            if std:
-                formats.write_std(readable.item, deviations, job.std)
-            record_state(record, done, name, {**entry, "whole": readable is job})
+            write_sides(readable, volumes, {"std": deviations}, folder.parent, told or {})
+            record.add(folder, share, done, name, mark, whole=readable.item == job.item)
             written += len(readable.paths)
+            tell_files(tell, readable, "written", began=began)
         except (ValueError, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: torch lacks memory
             text = " ".join(str(error).split())[:300]
-            problems.append(text if str(job.item.files[0].parent) in text else f"{job.paths[0]}: {text}")
+            full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+            if full:
+                text = f"{job.paths[0]}: {error.strerror}; {len(jobs) - k} left to do: make room, then run this again"
+            named = any(str(path.parent) in text for path in (job.item.files[0], *paths))
+            problems.append(text if named else f"{job.paths[0]}: {text}")
+            tell_files(tell, job, "left out", problems[-1], began=began)
+            if full:
+                break
     return written, kept
 
 
-def record_state(record, done, name, state):
-    """Sets done[name] to the state of a job, and writes `done` to the file `record`."""
-    done[name] = state
-    with runtime.atomic_write(record) as temporary:
-        temporary.write_text(json.dumps(done, indent=1) + "\n")
+def write_sides(job, volumes, arrays, root, told):
+    """Writes what stands beside the files of a job, which are written: arrays {what: [(S,H,W)]}, and what follows.
+
+    "removed" is what was read less what the written files hold; "sidecar <what>" is the JSON of BIDS, with `told`, for
+    a dataset in the folder `root`.
+    """
+    for name, path in job.sides.items():
+        if name.startswith("sidecar "):
+            bids_names.write_sidecar(job.item, path, root, {"Content": name.partition(" ")[2], **told})
+        elif name == "removed":
+            after = formats.read(job.item._replace(files=tuple(job.paths)))
+            changed = [difference(a.slices, b.slices) for a, b in zip(volumes, after)]
+            formats.write_side(job.item, changed, path, signed=True)
+        else:
+            formats.write_side(job.item, arrays[name], path)
+
+
+def without(sides, name):
+    """The sides of a job but for one."""
+    return {key: path for key, path in sides.items() if key != name}
+
+
+def difference(a, b):
+    """a - b (S,H,W) as float32, computed in double precision; 0 where it is not finite."""
+    out = np.empty(a.shape, np.float32)
+    with np.errstate(invalid="ignore"):
+        for s in range(len(a)):
+            out[s] = np.nan_to_num(a[s].astype(np.float64) - b[s], nan=0, posinf=0, neginf=0)
+    return out
+
+
+def tell_files(tell, job, status, reason=None, began=None):
+    """Tells of each file of a job; what stands beside them belongs to the first."""
+    for k, (file, path) in enumerate(zip(job.item.files, job.paths)):
+        outputs = [path, *([] if k else job.sides.values())]
+        tell(file, status, reason, [] if reason else outputs, began)

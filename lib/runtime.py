@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import errno
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -37,9 +38,12 @@ def command(main):
     except (ValueError, OSError) as error:
         if os.environ.get("DIFFDENOISE_TRACEBACK"):
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        advice = ": make room, then run the same command again" if full else ""
+        print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}{advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -183,8 +187,28 @@ def print_once(*words):
 
 
 def progress(things, name):
-    """A bar over a sequence, on a terminal."""
-    return tqdm(things, desc=name, disable=None, leave=False)
+    """A bar over a sequence with the time left, on a terminal; of several processes, that of rank 0 alone."""
+    return tqdm(things, desc=name, disable=True if os.environ.get("RANK", "0") != "0" else None, leave=False)
+
+
+@contextlib.contextmanager
+def stoppable(what):
+    """Yields a list that Ctrl-C or SIGTERM fills, for a loop to end after `what` it does; the second exits at once."""
+    asked = []
+
+    def ask(*_):
+        if asked:
+            os._exit(130)
+        asked.append(True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopping after {what}; once more to stop at once", file=sys.stderr, flush=True)
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------

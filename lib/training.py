@@ -14,12 +14,12 @@ the batch of one process.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
-import signal
 import sys
 import time
 import warnings
@@ -347,8 +347,8 @@ class Training:
         """
         args, main = self.args, self.rank == 0
         stop = min(args.steps, args.stop_at or args.steps)
-        signalled = []
-        handlers = {s: signal.signal(s, lambda *_: signalled.append(1)) for s in (signal.SIGINT, signal.SIGTERM)}
+        held = contextlib.ExitStack()
+        signalled = held.enter_context(runtime.stoppable("this step"))
         bar = tqdm(total=args.steps, initial=self.start, desc=self.stage, disable=None if main else True, leave=False)
         began = saved = logged = time.monotonic()
         step, watched = self.start, None
@@ -383,8 +383,7 @@ class Training:
                         saved = now
         finally:
             bar.close()
-            for s, handler in handlers.items():
-                signal.signal(s, handler)
+            held.close()
         if main and step == args.steps:  # the state first: killed between the two, the run can still end
             self.save(args.model, step, whole=False)
             print(f"{self.stage}: {step} steps in {time.monotonic() - began:.0f} s -> {args.model}", flush=True)

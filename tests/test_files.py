@@ -1,6 +1,5 @@
 """denoise.py from image files to image files: a student applied, trained from scratch, interrupted; tiles; ONNX."""
 
-import json
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from test_measure import phantom
 import data
 import distill
 import noise
-from lib import files, runtime, training
+from lib import files, record, runtime, training
 
 
 @pytest.fixture(scope="module", params=["resunet"])
@@ -103,7 +102,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_goes_on(scans, student):
         (["scans", "--out", "clean", "--model", "scans/0.dcm"], "is not a whole checkpoint"),
         (["scans", "--out", "clean", "--memory", "much"], "not a number of bytes"),
         (["scans/deep", "--out", "x", "--acquisition", "AXT2", "--model", "x.pt"], "x.pt does not exist"),
-        (["--data", "x.h5", "--force"], "are for image files"),
+        (["--data", "x.h5", "--force"], "these are for image files"),
         (["scans", "--demo"], "give image files or folders, or --data, or --demo"),
         ([], "give image files or folders, or --data, or --demo"),
     ],
@@ -137,8 +136,8 @@ def test_from_scratch_and_killed(scans):
     assert len(images) == 6 and all(again[name] == expected[name] for name in images)
     personal = [name for name, raw in expected.items() if b"Doe^Jane" in raw]
     assert personal and all(name.endswith(".dcm") for name in personal)
-    report = json.loads((scans / "clean/diffdenoise/files.json").read_text())
-    assert all(entry["whole"] for entry in report.values())
+    log = record.read(scans / "clean/diffdenoise")
+    assert len(log) == 2 and all(state["whole"] for state in log.values())
 
 
 def test_std(scans, student):

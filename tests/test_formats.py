@@ -100,7 +100,8 @@ def test_dicom_round_trip(there, dtype, bits, flags, monkeypatch):
         assert b.SOPInstanceUID == b.file_meta.MediaStorageSOPInstanceUID != a.SOPInstanceUID
         assert b.SeriesInstanceUID != a.SeriesInstanceUID and b.StudyInstanceUID == a.StudyInstanceUID
         assert b.SourceImageSequence[0].ReferencedSOPInstanceUID == a.SOPInstanceUID
-        new = "ImageType SOPInstanceUID SeriesInstanceUID DerivationDescription SourceImageSequence PixelData".split()
+        new = "ImageType SOPInstanceUID SeriesInstanceUID SeriesDescription SeriesNumber DerivationDescription"
+        new = [*new.split(), "SourceImageSequence", "PixelData"]
         for element in a:
             assert element.keyword in new or b[element.tag].value == element.value
         assert {e.keyword for e in b} - {e.keyword for e in a} <= set(new)
@@ -265,13 +266,13 @@ def test_std_beside_the_image(there):
     raw[112:120] = struct.pack("<ff", 2.5, -7)
     (there / "in/a.nii").write_bytes(raw)
     np.save(there / "in/b.npy", stack("u2"))
-    jobs, problems = files.plan([there / "in"], there / "out", std=True)
+    jobs, problems = files.plan([there / "in"], there / "out", sides=["std"])
     (there / "work").mkdir()
 
     def denoise(y):
         return torch.cat([y, torch.full_like(y, 0.5)], 1)
 
-    files.denoise_files(jobs, denoise, "a test", there / "work", problems, std=True)
+    files.denoise_files(jobs, denoise, "a test", there / "work", problems)
     out, half = nibabel.load(there / "out/a.nii_std.nii"), [float(np.ptp(np.load(there / "in/b.npy"))) / 2]
     assert not problems and out.shape == image.shape and np.allclose(out.get_fdata(), 1.25 * 65535)
     assert np.allclose(tifffile.imread(there / "out/b.npy_std.tif"), half)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lib.formats.bids import is_raw
 from lib.formats.common import Item, Volume
 from lib.formats.common import as_type as as_type  # for those who use this package
 
@@ -39,13 +40,14 @@ def module_of(kind):
     return module
 
 
-def find(sources, key=None, acquisition=None, reference=None):
+def find(sources, key=None, acquisition=None, reference=None, bids=False):
     """The images in files and folders: ([Item], [str: which file cannot be read, and why]); reads no pixels.
 
     Args:
         key: name of the dataset in plain HDF5 files.
         acquisition: of the HDF5 files, take only those with this attribute, such as AXT2.
         reference: "mean" or "others": M4Raw repetitions get the mean of all, or of the others, as `clean`.
+        bids: folders are BIDS datasets: what is no image belongs there, and what is derived is no input.
     """
     items, problems = [], []
     for source in map(Path, sources):
@@ -57,6 +59,7 @@ def find(sources, key=None, acquisition=None, reference=None):
             # A broken link is listed, to be reported as unreadable; hidden files and our own work folder are no input.
             files = sorted(p for p in source.rglob("*") if (p.is_file() or p.is_symlink()) and p.name[0] != ".")
             files = [p for p in files if "diffdenoise" not in p.relative_to(source).parts]
+            files = [p for p in files if not bids or (kind_of(p) and is_raw(p, source))]
         root, count, dicom_files = (source if source.is_dir() else source.parent), len(items), []
         for path in files:
             kind = kind_of(path)
@@ -135,17 +138,18 @@ def outputs(item, folder):
     return [p.with_name(f"{p.name}.png") if p.suffix.lower() in (".jpg", ".jpeg") else p for p in paths]
 
 
-def std_path(item, paths):
-    """The path for `write_std`, beside the files `paths` of an item."""
-    return paths[0].with_name(f"{paths[0].name}_std{'.nii' if item.kind == 'nifti' else '.tif'}")
+def side_path(item, paths, name):
+    """The path for `write_side`, beside the files `paths` of an item. name: what it holds, such as "std"."""
+    return paths[0].with_name(f"{paths[0].name}_{name}{'.nii' if item.kind == 'nifti' else '.tif'}")
 
 
-def write_std(item, arrays, path):
-    """Writes standard deviations [(S,H,W)], in the order and units of `read`, to `std_path` as float32.
+def write_side(item, arrays, path, signed=False):
+    """Writes deviations or differences [(S,H,W)], in the order and units of `read`, to `side_path` as float32.
 
-    As NIfTI for NIfTI, in the units that viewers show; else as TIFF, in stored numbers.
+    As NIfTI for NIfTI, in the units that viewers show; else as TIFF, in stored numbers. signed: whether the sign of the
+    NIfTI scale factor belongs to them, as to differences; deviations stay positive.
     """
-    module_of("nifti" if item.kind == "nifti" else "tiff").write_std(item, arrays, path)
+    module_of("nifti" if item.kind == "nifti" else "tiff").write_side(item, arrays, path, signed)
 
 
 def brain():

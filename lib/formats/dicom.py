@@ -18,6 +18,7 @@ from lib.formats.common import Volume, as_type, check_grey, check_size
 from lib.runtime import atomic_write
 
 TAGS = "SeriesInstanceUID Rows Columns InstanceNumber ImagePositionPatient ImageOrientationPatient".split()
+SERIES = 1000  # is added to the number of a series; an integer string (IS) has 32 bits
 TAGS_OF_SCALE = ["RescaleSlope", "RescaleIntercept"]
 
 
@@ -174,6 +175,12 @@ def derive(ds, new, method, path):
     ds.DerivationDescription = method[:1024]
     ds.SOPInstanceUID = new_uid(ds.get("SOPInstanceUID"), method, raw)
     ds.SeriesInstanceUID = new_uid(ds.get("SeriesInstanceUID") or path.parent, method)
+    ds.SeriesDescription = f"{str(ds.get('SeriesDescription') or '')[:55].rstrip()} denoised".lstrip()  # 64 characters
+    try:
+        number = int(ds.get("SeriesNumber") or 0)
+    except (ValueError, TypeError):  # no number, or several
+        number = 0
+    ds.SeriesNumber = number + (SERIES if number < 2**31 - SERIES else -SERIES)
     meta = ds.file_meta
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = ds.get("SOPClassUID"), ds.SOPInstanceUID
     if meta.get("TransferSyntaxUID") != pydicom.uid.ImplicitVRLittleEndian:

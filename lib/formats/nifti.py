@@ -66,12 +66,13 @@ def write(item, arrays, paths, method):
             file.close()
 
 
-def write_std(item, arrays, path):
-    """Writes standard deviations as float32, multiplied by the scale factor of the image: in the units viewers show."""
+def write_side(item, arrays, path, signed):
+    """Writes deviations, or `signed` differences, as float32, multiplied by the scale factor: in units viewers show."""
     like = nibabel.load(item.files[0])
-    values = from_volumes(arrays, like) * abs(like.dataobj.slope)
+    values = from_volumes(arrays, like) * (like.dataobj.slope if signed else abs(like.dataobj.slope))
     header = like.header.copy()
     header.set_data_dtype(np.float32)
     header.set_slope_inter(1, 0)
+    raw = type(like)(values.astype(np.float32), like.affine, header).to_bytes()
     with atomic_write(path) as temporary:
-        temporary.write_bytes(type(like)(values.astype(np.float32), like.affine, header).to_bytes())
+        temporary.write_bytes(gzip.compress(raw, 6, mtime=0) if path.suffix.lower() == ".gz" else raw)
