@@ -37,9 +37,8 @@ import torch.nn.functional as F
 
 def local_mean(x, window):
     """Mean of x (B,C,H,W) over window x window pixels around each pixel; (B,C,1,1) if the image is no larger."""
-    h, w = x.shape[-2:]
-    kh, kw = min(window, h), min(window, w)
-    if (kh, kw) == (h, w):
+    kh, kw = (min(window, n) for n in x.shape[-2:])
+    if (kh, kw) == x.shape[-2:]:
         return x.mean((2, 3), keepdim=True)
     sums = F.pad(x.float().cumsum(2).cumsum(3), (1, 0, 1, 0))  # integral image: the cost does not depend on the window
     mean = (sums[..., kh:, kw:] - sums[..., :-kh, kw:] - sums[..., kh:, :-kw] + sums[..., :-kh, :-kw]) / (kh * kw)
@@ -279,7 +278,7 @@ def load_noise_model(args, checkpoint):
         raise ValueError(f"{args.model} was not trained by recorruption: it cannot resume so")
     if not args.strength > 0:
         raise ValueError(f"--strength {args.strength:g} is not positive")
-    known = checkpoint["extra"]["noise"] if checkpoint else None
+    known = checkpoint and checkpoint["extra"]["noise"]
     known = known or measure.load_noise_model(args.noise or "measured", args.data, args.pred)
     runtime.print_once(f"distill: {noise.summary(known)}")
     return known
@@ -354,9 +353,9 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
     known = told[0] if told else checkpoint["extra"].get("noise")
     if std and not known:
         raise ValueError(f"{path} knows no noise model, from which its uncertainty follows: --noise of distill.py")
-    network.pool_locally(checkpoint["extra"]["crop"])
-    per_pixel = BYTES[type(network)] * checkpoint["model_args"]["width"]
-    side, overlap = data.tiling(per_pixel, checkpoint["extra"]["crop"], memory)
+    arguments, crop = checkpoint["model_args"], checkpoint["extra"]["crop"]
+    network.pool_locally(crop)
+    side, overlap = data.tiling(BYTES[type(network)] * arguments["width"], crop, memory)
 
     def forward(y):
         with runtime.autocast(device, precision):
@@ -371,7 +370,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
         rngs = [runtime.step_rng(0) for _ in y]  # the same for each slice: what is written depends on y alone
         return torch.cat([x, noise.deviation(known, once, y, x, rngs)], 1) if std else x
 
-    once.context = denoise.context = checkpoint["model_args"].get("context", 0)
+    denoise.context = once.context = arguments.get("context", 0)
     denoise.noise_model, denoise.once = known, once
     return denoise
 
@@ -399,19 +398,19 @@ def write_samples(args, denoise, noisy):
     law, once = denoise.noise_model, lambda y: of_volume(denoise.once, y)[0]
     with data.write_volumes(args.out, "prediction", "distill", vars(args), like=args.data, noise=law) as add:
         for k, (name, volume) in enumerate(runtime.progress(noisy.items(), "samples")):
-            y, rng = np.asarray(volume[:], np.float32), runtime.step_rng(args.seed or 0, k)
+            y = np.asarray(volume[:], np.float32)
             x, std = of_volume(denoise, y)
-            drawn = noise.samples(law, once, y, x, rng, args.samples)
-            kept = add(name, volume.shape, ["pred", "std", ("samples", args.samples)])
-            kept[0][:], kept[1][:], kept[2][:] = x, std, drawn.swapaxes(0, 1)
+            drawn = noise.samples(law, once, y, x, runtime.step_rng(args.seed or 0, k), args.samples).swapaxes(0, 1)
+            for array, v in zip(add(name, volume.shape, ["pred", "std", ("samples", args.samples)]), (x, std, drawn)):
+                array[:] = v
     print(f"distill: {len(noisy)} volumes, {args.samples} samples each -> {args.out}", flush=True)
 
 
 def export(path, out):
     """Writes the student of a checkpoint as ONNX: `noisy` (B,2k+1,H,W) to `denoised` (B,1,H,W), from 16x16 up."""
     network, checkpoint = training.load_network(build_network, path, "distill", "cpu")
-    crop, seen = checkpoint["extra"]["crop"], 2 * checkpoint["model_args"].get("context", 0) + 1
-    y = torch.rand(2, seen, 2 * crop + 8, 2 * crop + 40)  # larger than the window of the attention
+    crop, k = checkpoint["extra"]["crop"], checkpoint["model_args"].get("context", 0)
+    y = torch.rand(2, 2 * k + 1, 2 * crop + 8, 2 * crop + 40)  # larger than the window of the attention
     training.export_onnx(network.pool_locally(crop), y, out, ["noisy"], ["denoised"])
     print(f"distill: {path} -> {out}", flush=True)
 
