@@ -3,8 +3,8 @@
     python -m experiments.many_files                                # 10,000 .npy files of 32x32, on Linux
     python -m experiments.many_files --count 500 --kills 3
 
-The student is the one of `denoise.py --instant` on ten like them of 256x256. Memory is the resident memory of the process (VmRSS),
-read every half second while it runs.
+The student is the one of `denoise.py --instant` on ten like them of 256x256. Memory is the resident memory of the
+process (VmRSS), read every half second while it runs.
 """
 
 import random
