@@ -396,7 +396,7 @@ def write_sides(job, volumes, arrays, root, told):
     """
     for name, path in job.sides.items():
         if name.startswith("sidecar "):
-            bids_names.write_sidecar(job.item, path, root, {"Content": name.partition(" ")[2], **told})
+            bids_names.write_sidecar(job.item, path, root, name.partition(" ")[2], told)
         elif name == "removed":
             after = formats.read(job.item._replace(files=tuple(job.paths)))
             changed = [difference(a.slices, b.slices) for a, b in zip(volumes, after)]

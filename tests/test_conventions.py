@@ -11,6 +11,7 @@ import time
 import nibabel
 import numpy as np
 import pydicom
+import pydicom.data
 import pytest
 import tifffile
 from conftest import ROOT, command, ok, run
@@ -22,6 +23,7 @@ from lib.formats import bids
 from lib.formats import dicom as dicom_format
 
 RNG = np.random.default_rng(0)
+VALIDATOR = files.Path(sys.executable).with_name("bids-validator-deno")
 
 
 @pytest.fixture
@@ -72,7 +74,7 @@ def test_bids(dataset, made):
     assert {name for name in contents(out) if "diffdenoise" not in name} == made_of
     names = f"{anat}denoised_T1w.json", f"{func}denoised_bold.json"
     t1, bold = (json.loads((out / name).read_text()) for name in names)
-    assert json.loads((out / f"{anat}removed_T1w.json").read_text())["Content"] == "removed"
+    assert json.loads((out / f"{anat}removed_T1w.json").read_text())["Description"].startswith("What was taken")
     assert t1["FlipAngle"] == 9 and t1["Sources"] == ["bids:raw:sub-01/ses-x/anat/sub-01_ses-x_T1w.nii.gz"]
     assert (bold["TaskName"], bold["RepetitionTime"], bold["EchoTime"]) == ("rest", 1.0, 0.05)
     assert "student" in t1["Method"] and t1["Parameters"] == {"Ensemble": 1} and t1["SkullStripped"] is False
@@ -101,10 +103,10 @@ def test_bids_names():
         name("ds/sub-1/func/sub-1_part-phase_bold.nii.gz")
 
 
-@pytest.mark.skipif(not shutil.which("bids-validator-deno"), reason="needs bids-validator-deno: pip install it")
+@pytest.mark.skipif(not VALIDATOR.exists(), reason="needs bids-validator-deno: pip install it")
 def test_bids_validator_finds_no_error(dataset, made):
     run("denoise", "raw", "--bids", "--removed", "--out", "out", "--model", made / "student.pt", cwd=dataset)
-    said = subprocess.run(["bids-validator-deno", "--json", "out"], cwd=dataset, capture_output=True, text=True)
+    said = subprocess.run([VALIDATOR, "--json", "out"], cwd=dataset, capture_output=True, text=True)
     found = json.loads(said.stdout)["issues"]["issues"]
     assert not [issue for issue in found if issue["severity"] == "error"], found
 
@@ -126,6 +128,20 @@ def test_dicom_series_has_a_name_and_number_of_its_own(tmp_path, before, after):
     made = pydicom.dcmread(tmp_path / "b.dcm")
     assert (made.SeriesDescription, int(made.SeriesNumber)) == after
     assert (tmp_path / "b.dcm").read_bytes() == (tmp_path / "c.dcm").read_bytes()
+
+
+@pytest.mark.skipif(not shutil.which("dciodvfy"), reason="needs dciodvfy: Debian's dicom3tools")
+@pytest.mark.parametrize("name", ["CT_small.dcm", "MR_small.dcm", "JPEG2000.dcm"])
+def test_dciodvfy_finds_no_error_that_the_input_lacks(tmp_path, name):
+    """CT, MR, and nuclear medicine, from pydicom's wheel."""
+    path = files.Path(pydicom.data.get_testdata_file(name, download=False))
+    item = formats.Item("dicom", (path,), path.parent)
+    dicom_format.write(item, [formats.read(item)[0].slices], [tmp_path / name], "a test")
+    before, after = (
+        {line for line in done.stderr.splitlines() if line.startswith("Error")}
+        for done in (subprocess.run(["dciodvfy", p], capture_output=True, text=True) for p in (path, tmp_path / name))
+    )
+    assert after <= before
 
 
 def test_removed(tmp_path):
@@ -252,6 +268,11 @@ def test_read_only_and_full(arrays, made, monkeypatch):
         patch.setattr(os, "access", lambda *_: False)
         done = run("denoise", *flags, cwd=arrays)
     assert done.returncode == 2 and "is read-only: give another folder" in done.stderr and done.stderr.count("\n") == 1
+    with monkeypatch.context() as patch:  # numpy's own words
+        patch.setattr(np, "save", lambda *_: (_ for _ in ()).throw(OSError("960 requested and 0 written")))
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+        done = run("denoise", *flags, cwd=arrays)
+    assert "No space left on device; 9 left to do" in done.stderr and done.stderr.count("\n") == 1
     real, count = os.replace, []
 
     def full(a, b):

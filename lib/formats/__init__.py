@@ -13,6 +13,8 @@ A file that claims more data than it can hold, or more than half of this machine
 
 import contextlib
 import errno
+import os
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -114,6 +116,18 @@ def one_reason(item, action):
         raise ValueError(f"{path} cannot be {action}: {type(error).__name__} {reason}"[:300]) from None
 
 
+@contextlib.contextmanager
+def room(path, arrays):
+    """Turns an error of the block into OSError with ENOSPC if the disk of `path` is full: some libraries do not say."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        known = getattr(error, "errno", None) is not None
+        if known or shutil.disk_usage(path.parent).free >= sum(array.nbytes for array in arrays):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from None
+
+
 def read(item):
     """The Volumes of an item, always in the same order. Raises ValueError or OSError that names the file."""
     with one_reason(item, "read"):
@@ -128,7 +142,7 @@ def write(item, arrays, paths, method):
     """
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
-    with one_reason(item, "copied"):
+    with room(paths[0], arrays), one_reason(item, "copied"):
         module_of(item.kind).write(item, arrays, paths, method)
 
 
@@ -149,7 +163,8 @@ def write_side(item, arrays, path, signed=False):
     As NIfTI for NIfTI, in the units that viewers show; else as TIFF, in stored numbers. signed: whether the sign of the
     NIfTI scale factor belongs to them, as to differences; deviations stay positive.
     """
-    module_of("nifti" if item.kind == "nifti" else "tiff").write_side(item, arrays, path, signed)
+    with room(path, arrays):
+        module_of("nifti" if item.kind == "nifti" else "tiff").write_side(item, arrays, path, signed)
 
 
 def brain():

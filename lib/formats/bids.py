@@ -17,6 +17,12 @@ TYPES = ("anat", "func", "dwi", "perf", "fmap", "pet")
 PHASES = re.compile(r"_part-(phase|real|imag)_|_(phase[12]?|phasediff|fieldmap)\.nii")
 NOT_RAW = ("derivatives", "sourcedata", "code", "stimuli")  # folders of a dataset that hold no raw images
 
+SAYS = {  # Description of each derivative
+    "denoised": "The image, denoised",
+    "removed": "What was taken away: noisy less denoised",
+    "std": "Standard deviation of what is left unknown",
+}
+
 
 def is_raw(path, source):
     """Whether a file in the folder `source` may be a raw image of a BIDS dataset, and not something derived."""
@@ -76,16 +82,17 @@ def metadata(path):
     return found
 
 
-def write_sidecar(item, path, root, told):
+def write_sidecar(item, path, root, what, told):
     """Writes the JSON file `path` of a derivative of an item: what the input's says, where it comes from, and `told`.
 
-    root: the folder of the derivatives. SkullStripped, which BIDS requires here, is false if the input does not say it:
-    denoising strips nothing.
+    what: it holds, such as "denoised". root: the folder of the derivatives. SkullStripped, which BIDS requires here, is
+    false if the input does not say it: denoising strips nothing.
     """
     source = item.files[0]
     link = links([item], root)
     uri = f"bids:{next(iter(link))}:{source.resolve().relative_to(root_of(source.resolve())).as_posix()}"
-    write_json(path, {"SkullStripped": False, **metadata(source), "Sources": [uri], **told})
+    own = {"Description": SAYS.get(what, what), "Sources": [uri], **told}
+    write_json(path, {"SkullStripped": False, **metadata(source), **own})
 
 
 def links(items, root):
