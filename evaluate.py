@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.ndimage import gaussian_filter, uniform_filter
+from scipy.ndimage import gaussian_filter
 from scipy.stats import wilcoxon
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -42,9 +42,11 @@ import distill
 import measure
 import noise
 import srds
-from lib import runtime
+from lib import residual, runtime
 
-TOO_LITTLE, TOO_MUCH, STRUCTURE, CORRELATION = 0.45, 1.15, 0.2, 0.2
+# From what the verdict must tell apart: results/no_reference.md and results/verdicts.md.
+TOO_LITTLE, TOO_MUCH, STRUCTURE, CORRELATION = 0.45, 1.25, 0.2, 0.2
+FLAT, LEFT, SPECTRUM = (0.55, 1.3), 0.25, 2.0
 PROTOCOL = "PSNR (dB) and SSIM: scikit-image, data_range 1, 7x7 window, per slice, not clipped; mean ± sd over slices."
 
 
@@ -133,29 +135,14 @@ def calibration(path, pred, split):
 
 
 def no_reference(y, x, noise_model):
-    """What can be told of the slice x (H,W), denoised from y, without the clean image: three measures, see the module.
+    """What can be told of the slice x (H,W), denoised from y, without the clean image: see the module."""
+    law = noise_at(x, noise_model)
+    return residual.measure(y, x, law, np.asarray(noise_model["correlation"]), noise.spectrum(noise_model, *law.shape))
 
-    They count the pixels where the model has noise.
-    """
-    s2 = noise.variance(noise_model, gaussian_filter(np.asarray(x, np.float64), 1))
-    noisy = s2 > 1e-3 * s2.max()
-    residual = np.where(noisy, (y - x) / np.sqrt(np.maximum(s2, 1e-12)), 0)
-    energy = np.square(residual).sum() / noisy.sum()
 
-    def correlation(dy, dx):
-        h, w = residual.shape
-        a = residual[dy:, max(dx, 0) : w + min(dx, 0)]
-        b = residual[: h - dy, max(-dx, 0) : w + min(-dx, 0)]
-        return (a * b).sum() / max(np.sqrt(np.square(a).sum() * np.square(b).sum()), 1e-12)
-
-    table = np.asarray(noise_model["correlation"])
-    lags = [(dy, dx) for dy in range(3) for dx in range(-2, 3) if dy or dx > 0]
-    off = max(abs(correlation(dy, dx) - table[noise.REACH + dy, noise.REACH + dx]) for dy, dx in lags)
-    edges = np.hypot(*np.gradient(gaussian_filter(np.asarray(x, np.float64), 1)))
-    local = uniform_filter(np.square(residual), 5) / np.maximum(uniform_filter(noisy.astype(float), 5), 1e-6)
-    varied = np.ptp(local[noisy]) > 0 and np.ptp(edges[noisy]) > 0
-    structure = np.corrcoef(local[noisy], edges[noisy])[0, 1] if varied else 0.0
-    return {"removed": energy, "correlation error": off, "structure": structure}
+def noise_at(x, noise_model):
+    """Variance of the noise at each pixel of a denoised slice x (H,W)."""
+    return noise.variance(noise_model, gaussian_filter(np.asarray(x, np.float64), 1))
 
 
 def estimated_error(denoise, y, noise_model, generator, strength=0.1):
@@ -192,18 +179,51 @@ def estimate(denoise, noisy, noise_model, slices=24, seed=0):
     return dict(psnr=-10 * np.log10(mse), sd=4.34 * spread / mse, noisy=-10 * np.log10(s2))
 
 
+def findings(m):
+    """What may be wrong by the measures of `no_reference`: [(how much, in words)]; wrong is what has more than 1.
+
+    Thresholds: results/verdicts.md. A noise law of a wrong level shifts all energies alike; flat places show it, and
+    the rest is judged by what they hold.
+    """
+    flat, removed, left = max(m["flat"], 1e-3), m["removed"], m["left"]
+    wrong = left <= LEFT and not FLAT[0] <= flat <= FLAT[1]
+    share, excess = 100 * removed, m["spectrum"] / flat
+    little = max(left / LEFT, 0 if wrong else min(TOO_LITTLE / max(removed, 1e-3), 9))
+    less, more = (0 if left > LEFT else FLAT[0] / flat), flat / FLAT[1]
+    lost = "fine detail is lost"
+    return [
+        (
+            little,
+            f"{share:.0f} % of the noise's energy was removed, and {100 * left:.0f} % of its amplitude is still in "
+            "flat places: noise is left",
+        ),
+        (
+            removed / TOO_MUCH / (flat if more > 1 else 1),
+            f"{share:.0f} % of the noise's energy was removed: structure went with it",
+        ),
+        (
+            m["structure"] / STRUCTURE,
+            f"what was removed is stronger at edges (correlation {m['structure']:.2f}): {lost} there",
+        ),
+        (
+            excess / SPECTRUM,
+            f"what was removed has up to {excess:.1f} times the power of noise at one size of detail: {lost}",
+        ),
+        (
+            less,
+            f"flat places hold {100 * flat:.0f} % of the expected noise, and none is left: the noise model is too strong",
+        ),
+        (more, f"{100 * flat:.0f} % of the expected noise was removed from flat places: the noise model is too weak"),
+        (
+            m["correlation error"] / CORRELATION,
+            f"what was removed is not correlated as the noise is (off by {m['correlation error']:.2f})",
+        ),
+    ]
+
+
 def verdict(m):
-    """What the measures of `no_reference` mean, in words; thresholds: results/no_reference.md."""
-    said = []
-    if m["removed"] < TOO_LITTLE:
-        said.append(f"only {100 * m['removed']:.0f} % of the noise's energy was removed: noise is left")
-    if m["removed"] > TOO_MUCH:
-        said.append(f"{100 * m['removed']:.0f} % of the noise's energy was removed: structure went with it")
-    if m["structure"] > STRUCTURE:
-        lost = "fine detail is lost there"
-        said.append(f"what was removed is stronger at edges (correlation {m['structure']:.2f}): {lost}")
-    if m["correlation error"] > CORRELATION:
-        said.append(f"what was removed is not correlated as the noise is (off by {m['correlation error']:.2f})")
+    """What the measures of `no_reference` mean, in words."""
+    said = [words for how_much, words in findings(m) if how_much > 1]
     return "; ".join(said) or "what was removed looks like noise and nothing else"
 
 
