@@ -1,7 +1,8 @@
 """The one command: medical image files in, denoised files of the same kind out, a trained student, and a report.
 
     In    scans/ ...           DICOM, NIfTI, fastMRI, M4Raw or other HDF5, TIFF, PNG, JPEG, .npy, .npz (lib/formats)
-    Out   clean/...            the same names; clean/diffdenoise/ keeps student.pt and all in between
+    Out   clean/...            the same names; clean/report.html, a page with pictures and what can be told of them;
+                               clean/diffdenoise/ keeps student.pt and all in between
 
     In    knee.h5              volumes/<name>/noisy (S,H,W) float32: a dataset of data.py   (--data)
     Out   DIR/denoised.h5      volumes/<name>/pred  (S,H,W) float32, and everything in between; DIR/student.pt
@@ -29,6 +30,7 @@ started again, goes on where it stopped; if the data changed, all stages run aga
 named in a line and left out; the rest goes on, and the exit code is 1.
 """
 
+import functools
 import json
 import os
 import shlex
@@ -47,6 +49,7 @@ import measure
 import posterior
 import srds
 from lib import files, runtime, training
+from lib import report as page
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -151,7 +154,8 @@ def blind_spot_estimate(stages):
 
 def learn(stages, start, noise_file, steps, *flags, name):
     """Recorruption from a student on, told that noise; with 0 steps it is only told. Returns the name of its images."""
-    known = ["--target", "recorrupted", "--noise", noise_file, "--init", start, "--steps", steps, *flags]
+    known = ["--target", "recorrupted", "--noise", noise_file, "--init", start, "--steps", steps]
+    known += ["--crop", stages.crop(distill), *flags]
     return stages.run(distill, *stages.data, *known, *stages.common, out=f"{name}_out.h5", model=f"{name}.pt")
 
 
@@ -168,7 +172,7 @@ def tuned_recipe(stages):
     students = {"shipped network": start}
     if not instant:
         steps = max(1, round(stages.args.effort * TUNING_STEPS))
-        flags = ["--pred", stages.path(first), "--crop", stages.crop(distill), "--lr", TUNING_RATE]
+        flags = ["--pred", stages.path(first), "--lr", TUNING_RATE]
         learn(stages, start, known, steps, *flags, name="tuned")
         students["tuned network"] = stages.path("tuned.pt")
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", known, "--json", stages.path("best.json")]
@@ -315,6 +319,7 @@ def denoise_files(args):
     model_path = Path(args.model) if args.model else out / "diffdenoise" / "student.pt"
     options = args.device, args.precision, args.memory, args.ensemble or (1 if args.model or args.instant else 8)
     student = distill.student(model_path, *options, std=std) if args.model else None
+    began, recipe = time.monotonic(), "none: --model"
     jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, args.std)
     work = out / "diffdenoise"
     work.mkdir(parents=True, exist_ok=True)
@@ -325,10 +330,24 @@ def denoise_files(args):
             problems.append("--std: the recipe paper has no noise model, from which the uncertainty would follow")
         student = distill.student(model_path, *options, std=std)
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}"
-    written, kept = files.denoise_files(jobs, student, method, work, problems, args.force, std)
+    law = json.loads((work / stages.noise_file).read_text()) if stages else student.noise_model
+    tools, rows = evaluate.report_tools(None if recipe == "paper" else law, student), {}
+    look = functools.partial(page.look, rows, tools)
+    written, kept = files.denoise_files(jobs, student, method, work, problems, args.force, std, look)
     if stages:
         report(stages)
     problems = list(dict.fromkeys(problems))
+    if written or not (out / "report.html").exists():
+        secrets = [] if args.with_names else [*args.inputs, args.out, args.model, args.key]
+        facts = dict(sources=args.inputs, out=out, folder=work if stages else None)
+        facts["run"] = [("command", page.typed(["denoise.py", *sys.argv[1:]], secrets)), ("recipe", recipe)]
+        facts["run"] += [
+            ("student", training.fingerprint(model_path)),
+            ("seed", args.seed),
+            ("versions", page.versions()),
+        ]
+        facts["run"] += [("seconds", f"{time.monotonic() - began:.0f}")]
+        problems = page.of_run(out / "report.html", jobs, rows, tools, facts, problems, args.with_names)
     for problem in problems:
         print(f"denoise.py: left out: {problem}", file=sys.stderr)
     print(f"{written} files written to {out}, {kept} were there already, {len(problems)} left out")
@@ -352,6 +371,7 @@ def main(argv=None):
     training.context_flag(p)
     p.add_argument("--ensemble", type=int, choices=(1, 8), help="mean over 8 symmetries (default 8; 1 with --model)")
     p.add_argument("--std", action="store_true", help="write the uncertainty beside each file, as <name>_std")
+    p.add_argument("--with-names", action="store_true", help="name files and folders in report.html")
     p.add_argument("--force", action="store_true", help="replace files, and denoise masks and label maps")
     p.add_argument("--memory", type=runtime.size, default="2G", help="for large images, in bytes (default 2G)")
     p.add_argument("--key", help="dataset in plain HDF5 files that hold more than one")

@@ -27,6 +27,7 @@ Without a clean image, the noise model (noise.py) says what y - output should lo
 
 import itertools
 import json
+import sys
 import textwrap
 from pathlib import Path
 
@@ -42,11 +43,10 @@ import distill
 import measure
 import noise
 import srds
-from lib import residual, runtime
+from lib import formats, report, residual, runtime
+from lib.residual import STRUCTURE as STRUCTURE  # for those who use this module
+from lib.residual import verdict
 
-# From what the verdict must tell apart: results/no_reference.md and results/verdicts.md.
-TOO_LITTLE, TOO_MUCH, STRUCTURE, CORRELATION = 0.45, 1.25, 0.2, 0.2
-FLAT, LEFT, SPECTRUM = (0.55, 1.3), 0.25, 2.0
 PROTOCOL = "PSNR (dB) and SSIM: scikit-image, data_range 1, 7x7 window, per slice, not clipped; mean ± sd over slices."
 
 
@@ -170,61 +170,60 @@ def estimate(denoise, noisy, noise_model, slices=24, seed=0):
     """
     context, every = getattr(denoise, "context", 0), [(name, s) for name, v in noisy.items() for s in range(v.shape[0])]
     some = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, slices).round().astype(int))]
+    stacks = (data.read_around(noisy[name], s, context) for name, s in some)
+    return estimate_stacks(denoise, stacks, noise_model, seed)
+
+
+def estimate_stacks(denoise, stacks, noise_model, seed=0):
+    """`estimate` from slices with their neighbours, each (2k+1,H,W)."""
     found = []
-    for k, (name, s) in enumerate(some):
-        y = torch.from_numpy(np.asarray(data.read_around(noisy[name], s, context), np.float32))[None]
+    for k, stack in enumerate(stacks):
+        y = torch.from_numpy(np.asarray(stack, np.float32))[None]
         found.append(estimated_error(denoise, y, noise_model, runtime.step_rng(seed, k)))
     (mse, s2), spread = np.mean(found, 0), np.std(found, 0)[0] / max(len(found), 1) ** 0.5
     mse, s2 = max(mse, 1e-3 * s2, 1e-12), max(s2, 1e-12)
     return dict(psnr=-10 * np.log10(mse), sd=4.34 * spread / mse, noisy=-10 * np.log10(s2))
 
 
-def findings(m):
-    """What may be wrong by the measures of `no_reference`: [(how much, in words)]; wrong is what has more than 1.
-
-    Thresholds: results/verdicts.md. A noise law of a wrong level shifts all energies alike; flat places show it, and
-    the rest is judged by what they hold.
-    """
-    flat, removed, left = max(m["flat"], 1e-3), m["removed"], m["left"]
-    wrong = left <= LEFT and not FLAT[0] <= flat <= FLAT[1]
-    share, excess = 100 * removed, m["spectrum"] / flat
-    little = max(left / LEFT, 0 if wrong else min(TOO_LITTLE / max(removed, 1e-3), 9))
-    less, more = (0 if left > LEFT else FLAT[0] / flat), flat / FLAT[1]
-    lost = "fine detail is lost"
-    return [
-        (
-            little,
-            f"{share:.0f} % of the noise's energy was removed, and {100 * left:.0f} % of its amplitude is still in "
-            "flat places: noise is left",
-        ),
-        (
-            removed / TOO_MUCH / (flat if more > 1 else 1),
-            f"{share:.0f} % of the noise's energy was removed: structure went with it",
-        ),
-        (
-            m["structure"] / STRUCTURE,
-            f"what was removed is stronger at edges (correlation {m['structure']:.2f}): {lost} there",
-        ),
-        (
-            excess / SPECTRUM,
-            f"what was removed has up to {excess:.1f} times the power of noise at one size of detail: {lost}",
-        ),
-        (
-            less,
-            f"flat places hold {100 * flat:.0f} % of the expected noise, and none is left: the noise model is too strong",
-        ),
-        (more, f"{100 * flat:.0f} % of the expected noise was removed from flat places: the noise model is too weak"),
-        (
-            m["correlation error"] / CORRELATION,
-            f"what was removed is not correlated as the noise is (off by {m['correlation error']:.2f})",
-        ),
-    ]
+def report_tools(noise_model, denoise=None):
+    """What lib/report.py says of images, by a noise model and a denoiser, either of which may be None: see there."""
+    known = noise_model if noise_model and noise.variance(noise_model, np.linspace(0, 1, 9)).max() > 0 else None
+    names = "measure rank verdict estimate residual spectra deviation correlation law".split()
+    tools = dict.fromkeys(names) | dict(context=getattr(denoise, "context", 0))
+    if not known:
+        return tools
+    if denoise:
+        one = getattr(denoise, "once", denoise)  # of a mean over symmetries, which takes eight times as long
+        tools["estimate"] = lambda stacks: estimate_stacks(one, stacks, known)
+    return tools | dict(
+        measure=lambda y, x: no_reference(y, x, known),
+        rank=lambda m: max(how_much for how_much, _ in residual.findings(m)),
+        verdict=residual.said,
+        residual=lambda y, x: residual.standardized(y, x, noise_at(x, known)),
+        spectra=lambda r, noisy: residual.spectra(r, noisy, noise.spectrum(known, *r.shape)),
+        deviation=lambda x: np.sqrt(noise.variance(known, x)),
+        correlation=np.asarray(known["correlation"]),
+        law=noise.summary(known),
+    )
 
 
-def verdict(m):
-    """What the measures of `no_reference` mean, in words."""
-    said = [words for how_much, words in findings(m) if how_much > 1]
-    return "; ".join(said) or "what was removed looks like noise and nothing else"
+def write_page(args, preds, models, noise_model):
+    """Writes --report, the page of the one prediction file, with the estimate of the first student if one is named."""
+    (file,), denoise = preds.values(), next(iter(models.values()), None)
+    noisy, out = (
+        data.read_volumes(args.data, "noisy", args.split),
+        data.read_matching(file, args.data, split=args.split),
+    )
+    known = denoise and runnable(denoise, args.ensemble, (noise_model, noisy))
+    tools, attrs, views = report_tools(noise_model, known), data.read_attrs(args.data)[1], {}
+    for name in out:
+        mapped = float(attrs[name].get("scale", 1)), float(attrs[name].get("offset", 0))
+        volume = formats.Volume(name, noisy[name], str(attrs[name].get("source") or args.data))
+        views[name] = report.view(volume, out[name], "dataset", mapped)
+    entries = [(report.numbers(one, tools), name, 0) for name, one in views.items()]
+    facts = [("command", report.typed(["evaluate.py", *sys.argv[1:]], [] if args.with_names else sys.argv[1:]))]
+    facts += [("versions", report.versions())]
+    report.write(args.report, entries, lambda name, _: views[name], tools, dict(run=facts), names=args.with_names)
 
 
 def measure_without_reference(noisy, path, file, split, noise_model):
@@ -361,12 +360,18 @@ def main(argv=None):
     p.add_argument("--model", nargs="*", default=[], metavar="[NAME=]FILE", help=run)
     p.add_argument("--ensemble", type=int, choices=(1, 8), default=1, help="of these students (default 1)")
     p.add_argument("--slices", type=runtime.positive, default=24, help="to estimate their PSNR from (default 24)")
+    p.add_argument(
+        "--report", metavar="FILE", help="with --no-reference and one --pred: write a page with pictures (.html)"
+    )
+    p.add_argument("--with-names", action="store_true", help="name files and folders on that page")
     p.add_argument("--noise", default="measured", help=f"with --no-reference: {measure.NOISE_HELP}")
     p.add_argument("--json", help="write the table as JSON")
     p.add_argument("--figure", help="write a figure of the middle slice (.png)")
     args = p.parse_args(argv)
-    runtime.check_outputs([args.data], [f for f in (args.json, args.figure) if f])
+    runtime.check_outputs([args.data], [f for f in (args.json, args.figure, args.report) if f])
     preds = parse_predictions(args.pred)
+    if args.report and not (args.no_reference and len(preds) == 1):
+        raise ValueError(f"--report is for --no-reference and one file of --pred, not {len(preds)}")
     if args.no_reference:
         students = parse_predictions(args.model)
         if not preds and not students:
@@ -376,6 +381,8 @@ def main(argv=None):
             results |= report_estimates(args, students, noise_model)
         if preds:
             results |= report_without_reference(args.data, preds, args.split, noise_model)
+        if args.report:
+            write_page(args, preds, students, noise_model)
         return write_json(results, args.json)
     methods = {"noisy": score(args.data, None, args.split)}
     methods |= {name: score(args.data, path, args.split) for name, path in preds.items()}

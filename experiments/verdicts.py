@@ -49,8 +49,8 @@ def cases(volume, clean, kind, level, blur):
         "blurred, sigma 1.5": ("fine detail is lost", smooth, law),
         "median of 7x7": ("fine detail is lost", lost, law),
         "half of the noise put back": ("noise is left", (good + noisy) / 2, law),
-        "law x 1.5": ("noise model is too strong", good, scaled(law, 1.5)),
-        "law x 0.6": ("noise model is too weak", good, scaled(law, 0.6)),
+        "law x 1.5": ("noise model is too high", good, scaled(law, 1.5)),
+        "law x 0.6": ("noise model is too low", good, scaled(law, 0.6)),
         "told law x 1.5": ("any", denoised(volume, y, scaled(law, 1.5), which), scaled(law, 1.5)),
         "told law x 0.6": ("any", denoised(volume, y, scaled(law, 0.6), which), scaled(law, 0.6)),
     }

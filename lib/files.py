@@ -307,13 +307,15 @@ def denoise_volume(volume, denoise):
     return out, std
 
 
-def denoise_files(jobs, denoise, method, folder, problems, force=False, std=False):
+def denoise_files(jobs, denoise, method, folder, problems, force=False, std=False, look=None):
     """Reads, denoises and writes every job. Returns (number of files written, number that were there already).
 
     Args:
         denoise: see `denoise_volume`. method: a text that identifies it. folder: Path, for files.json.
         problems: list to which a line is added for each file that is left out. force: replace existing files.
         std: whether to write the standard deviations, which denoise then gives, to Job.std.
+        look: called with each job, its volumes and the denoised slices, once they are written; with the job alone if
+        they were there already.
     """
     record = folder / "files.json"
     done = json.loads(record.read_text()) if record.exists() else {}
@@ -324,6 +326,8 @@ def denoise_files(jobs, denoise, method, folder, problems, force=False, std=Fals
         name = hashlib.blake2b(str([p.relative_to(folder.parent) for p in paths]).encode(), digest_size=8).hexdigest()
         if done.get(name) == {**entry, "whole": True} and all(path.exists() for path in paths):
             kept += len(job.paths)
+            if look:
+                look(job)
             continue
         existing = next((path for path in paths if path.exists()), None)
         if existing and not force and done.get(name) != {**entry, "whole": False}:
@@ -338,6 +342,8 @@ def denoise_files(jobs, denoise, method, folder, problems, force=False, std=Fals
                 formats.write_std(readable.item, deviations, job.std)
             record_state(record, done, name, {**entry, "whole": readable is job})
             written += len(readable.paths)
+            if look:
+                look(job, volumes, arrays)
         except (ValueError, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: torch lacks memory
             text = " ".join(str(error).split())[:300]
             problems.append(text if str(job.item.files[0].parent) in text else f"{job.paths[0]}: {text}")

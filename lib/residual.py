@@ -1,7 +1,7 @@
 """What was removed, in units of the noise that was expected there: is it noise, and is it all of it?
 
     removed            mean energy of the residual, 1 for all of the noise and nothing else
-    flat               the same where the output is flattest, so that structure can hardly be in it: the noise law's check
+    flat               the same where the output is flattest, where structure is rare: the check of the noise law
     left               share of the noise's amplitude that is still in the output there: in flat places the output and
                        the residual vary together only if both hold parts of the same noise. Needs no level
     correlation error  largest difference between its correlation and the noise's, up to 2 pixels apart
@@ -16,6 +16,9 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 
 BANDS = 24  # of spatial frequency, from 0 to 0.5 cycles per pixel
 FLAT = 0.25  # share of the pixels that counts as flat
+# Between what the verdict must tell apart: results/no_reference.md and results/verdicts.md.
+TOO_LITTLE, TOO_MUCH, STRUCTURE, CORRELATION = 0.45, 1.25, 0.2, 0.2
+LEVEL, LEFT, SPECTRUM = (0.55, 1.3), 0.25, 2.0
 EDGES = np.linspace(-5, 5, 41)  # of the histogram, in standard deviations
 
 
@@ -70,11 +73,13 @@ def correlation(residual, dy, dx):
 def left(x, residual, s2, flat):
     """Share of the noise's amplitude in the output x, from 0 to 1, by the flat pixels.
 
-    With a share a of the noise n left, the output varies there by a n and the residual is (1 - a) n: the slope of one on
-    the other is a / (1 - a). Only what is finer than 2 pixels is compared: the coarser is the image.
+    With a share a of the noise n left, the output varies there by a n and the residual is (1 - a) n: the slope of one
+    on the other is a / (1 - a). Only what is finer than 2 pixels is compared: the coarser is the image.
     """
     fine = (np.asarray(x, np.float64) - gaussian_filter(np.asarray(x, np.float64), 2)) / np.sqrt(np.maximum(s2, 1e-12))
     r = (residual - gaussian_filter(residual, 2))[flat]
+    if np.square(r).mean() < 1e-4:  # nothing was removed
+        return 1.0
     slope = max((fine[flat] * r).sum() / max(np.square(r).sum(), 1e-12), 0)
     return float(slope / (1 + slope))
 
@@ -94,3 +99,56 @@ def spectra(residual, noisy, power):
     kept = count >= 40
     rings = [np.bincount(ring.ravel(), a.ravel(), BANDS + 1)[:BANDS][kept] / count[kept] for a in (found, power)]
     return ((np.arange(BANDS) + 0.5) / (2 * BANDS))[kept], rings[0], np.maximum(rings[1], 1e-3)
+
+
+def findings(m):
+    """What may be wrong by the measures of the module: [(how much, in words)]; wrong is what has more than 1.
+
+    A noise law of a wrong level shifts all energies alike; flat places show it, and
+    the rest is judged by what they hold.
+    """
+    flat, removed, left = max(m["flat"], 1e-3), m["removed"], m["left"]
+    wrong = left <= LEFT and not LEVEL[0] <= flat <= LEVEL[1]
+    share, excess = 100 * removed, m["spectrum"] / flat
+    little = max(left / LEFT, 0 if wrong else min(TOO_LITTLE / max(removed, 1e-3), 9))
+    less, more = (0 if left > LEFT else LEVEL[0] / flat), flat / LEVEL[1]
+    lost = "fine detail is lost"
+    return [
+        (
+            little,
+            f"{share:.0f} % of the noise's energy was removed, and {100 * left:.0f} % of its amplitude is still in "
+            "flat places: noise is left",
+        ),
+        (
+            removed / TOO_MUCH / (flat if more > 1 else 1),
+            f"{share:.0f} % of the noise's energy was removed: structure went with it",
+        ),
+        (
+            m["structure"] / STRUCTURE,
+            f"what was removed is stronger at edges (correlation {m['structure']:.2f}): {lost} there",
+        ),
+        (
+            excess / SPECTRUM,
+            f"what was removed has up to {excess:.1f} times the power of noise at one size of detail: {lost}",
+        ),
+        (
+            less,
+            f"flat places had {100 * flat:.0f} % of the expected noise, and none is left: the noise model is too high",
+        ),
+        (more, f"{100 * flat:.0f} % of the expected noise was removed from flat places: the noise model is too low"),
+        (
+            m["correlation error"] / CORRELATION,
+            f"what was removed is not correlated as the noise is (off by {m['correlation error']:.2f})",
+        ),
+    ]
+
+
+def said(m):
+    """What the measures mean, [words]: what is wrong, the worst first; or that nothing is."""
+    wrong = sorted((one for one in findings(m) if one[0] > 1), key=lambda one: -one[0])
+    return [words for _, words in wrong] or ["what was removed looks like noise and nothing else"]
+
+
+def verdict(m):
+    """`said` in one line."""
+    return "; ".join(said(m))
