@@ -90,6 +90,12 @@ def uri(raw):
     return "data:image/webp;base64," + base64.b64encode(raw).decode()
 
 
+def size(image):
+    """{"width", "height"} in pixels of the screen: a small image is enlarged by a whole number."""
+    factor = max(1, 240 // max(image.shape))
+    return dict(width=factor * image.shape[1], height=factor * image.shape[0])
+
+
 def colours(values, limit):
     """Signed values as uint8 RGB: blue below 0, white at 0, red above."""
     from matplotlib import colormaps
@@ -142,7 +148,7 @@ def pictures(one, deviation, share):
         if sum(len(raw) for three in sets for raw in three) <= share:
             break
     made = [
-        dict(caption=caption, noisy=uri(a), denoised=uri(b), removed=uri(c), width=y.shape[1], height=y.shape[0])
+        dict(caption=caption, noisy=uri(a), denoised=uri(b), removed=uri(c), **size(y))
         for (caption, y, _), (a, b, c) in zip(shown, sets)
     ]
     ends = sorted(end * one["scale"] + one["offset"] for end in (low, high))

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lib import crops, files, formats, panels, runtime
+from lib import crops, files, formats, panels, residual, runtime
 
 LIMIT = 5_000_000  # bytes of the page
 SHOWN = 30  # volumes with pictures
@@ -183,7 +183,7 @@ def card(number, row, one, tools, shown, names):
     )
     if m:
         made["plot"] = panels.residual_plot(one, tools)
-    if tools["estimate"] and one["y"].shape[0] > tools["context"] // 2:
+    if tools["estimate"] and m and m["removed"] > residual.UNTOUCHED and len(one["y"]) > min(tools["context"], 1):
         made["estimate"] = tools["estimate"](windows(one, tools["context"], max(3, min(5, 30 // shown))))
     return made
 

@@ -19,6 +19,7 @@ FLAT = 0.25  # share of the pixels that counts as flat
 # Between what the verdict must tell apart: results/no_reference.md and results/verdicts.md.
 TOO_LITTLE, TOO_MUCH, STRUCTURE, CORRELATION = 0.45, 1.25, 0.2, 0.2
 LEVEL, LEFT, SPECTRUM = (0.55, 1.3), 0.25, 2.0
+UNTOUCHED = 1e-3  # share of the noise's energy below which nothing was removed
 EDGES = np.linspace(-5, 5, 41)  # of the histogram, in standard deviations
 
 
@@ -145,6 +146,8 @@ def findings(m):
 
 def said(m):
     """What the measures mean, [words]: what is wrong, the worst first; or that nothing is."""
+    if m["removed"] < UNTOUCHED:
+        return ["nothing was removed: the images are as they were"]
     wrong = sorted((one for one in findings(m) if one[0] > 1), key=lambda one: -one[0])
     return [words for _, words in wrong] or ["what was removed looks like noise and nothing else"]
 
