@@ -91,9 +91,9 @@ def uri(raw):
 
 
 def size(image):
-    """{"width", "height"} in pixels of the screen: a small image is enlarged by a whole number."""
+    """{"width", "height", "enlarged"}, in pixels of the screen: a small image is enlarged by a whole number."""
     factor = max(1, 240 // max(image.shape))
-    return dict(width=factor * image.shape[1], height=factor * image.shape[0])
+    return dict(width=factor * image.shape[1], height=factor * image.shape[0], enlarged=factor > 1)
 
 
 def colours(values, limit):
@@ -173,7 +173,9 @@ def plot(panels, width=6.4, height=2.3):
     """SVG of panels side by side; a panel: dict of title, x, y (labels), and lines [(x, y, colour, label)] or table."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=72, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=72)
+    bottom, top = 0.55 / height, 1 - 0.3 / height  # a fixed layout: finding one takes as long as all the rest
+    figure.subplots_adjust(0.09, bottom, 0.98, top, wspace=0.28)
     for ax, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):
         ax.set_title(panel["title"], fontsize=9)
         ax.tick_params(labelsize=8)

@@ -88,11 +88,18 @@ def title(number, row, names):
     return f"volume {number} ({row['kind']}, {shape})" + (f" · {row['name']}" if names else "")
 
 
-def masked(text, paths):
-    """A line of a problem without names: paths become 'file 1', and what libraries quote is cut."""
-    for k, path in enumerate(paths, 1):
+def masked(text, paths, seen):
+    """A line of a problem without names: paths become '[file 1]', and what libraries quote is cut.
+
+    paths: of `known_paths`. seen: dict, path to its number, which grows from line to line.
+    """
+    for path in paths:
         if path in text:
-            text = text.replace(path, f"[file {k}]")
+            name = re.escape(path)
+            alone = rf"(?<!\w){name}(?!\w)" if "/" in path or "." in path else rf"^{name}(?!\w)|(?<!\w){name}(?=[:/])"
+            if re.search(alone, text):
+                number = seen.setdefault(path, len(seen) + 1)
+                text = re.sub(rf"(?:{alone})(?:/[^\s:]*)?", f"[file {number}]", text)
     text = re.sub(r"(cannot be (?:read|copied)(?: as DICOM)?: \w+).*", r"\1", text)
     text = re.sub(r"'[^']*'|\"[^\"]*\"", "[name]", text)
     return " ".join("[name]" if re.search(r"[/\\^]", word) else word for word in text.split())
@@ -181,7 +188,7 @@ def card(number, row, one, tools, shown, names):
     made["verdict"], *made["also"] = (
         tools["verdict"](m) if m else ["there is no noise model: it cannot be told what it was"]
     )
-    if m:
+    if m and m["removed"] > residual.UNTOUCHED:
         made["plot"] = panels.residual_plot(one, tools)
     if tools["estimate"] and m and m["removed"] > residual.UNTOUCHED and len(one["y"]) > min(tools["context"], 1):
         made["estimate"] = tools["estimate"](windows(one, tools["context"], max(3, min(5, 30 // shown))))
@@ -210,7 +217,8 @@ def page_of_run(path, jobs, rows, tools, facts, problems, names=False):
         except (ValueError, OSError, MemoryError) as error:
             problems.append(f"report.html lacks {job.paths[0]}: {error}")
     known = [] if names else known_paths(facts["sources"], jobs, facts["out"])
-    said = [text if names else masked(text, known) for text in dict.fromkeys(problems)]
+    seen = {}
+    said = [text if names else masked(text, known, seen) for text in dict.fromkeys(problems)]
     last = (None, None)  # the volumes of a file stand together: it is read once
 
     def load(job, j):
