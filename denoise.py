@@ -1,7 +1,8 @@
 """The one command: medical image files in, denoised files of the same kind out, a trained student, and a report.
 
     In    scans/ ...           DICOM, NIfTI, fastMRI, M4Raw or other HDF5, TIFF, PNG, JPEG, .npy, .npz (lib/formats)
-    Out   clean/...            the same names; clean/diffdenoise/ keeps student.pt and all in between
+    Out   clean/...            the same names; clean/report.html, a page with pictures and what can be told of them;
+                               clean/diffdenoise/ keeps student.pt and all in between
 
     In    knee.h5              volumes/<name>/noisy (S,H,W) float32: a dataset of data.py   (--data)
     Out   DIR/denoised.h5      volumes/<name>/pred  (S,H,W) float32, and everything in between; DIR/student.pt
@@ -31,6 +32,7 @@ named in a line and left out; the rest goes on, and the exit code is 1.
 """
 
 import contextlib
+import functools
 import json
 import os
 import shlex
@@ -49,99 +51,9 @@ import measure
 import noise
 import posterior
 import srds
-from lib import files, record, runtime, training
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# the stages of one folder
-# ---------------------------------------------------------------------------------------------------------------
-class Stages:
-    """Runs stages one after the other on one dataset, each with its output in `folder`; prints their commands.
-
-    A stage is skipped if its output stands, made with the same arguments from the same data, and no stage before it has
-    run again. An interrupted training is resumed. The record of what was done is folder/stages.json.
-
-    Args: folder: Path, made if it is not there. dataset: path of the noisy images. args: seed, device, precision,
-    effort. digest: says which data it is, anything that JSON can hold.
-    """
-
-    sampling = ()  # flags for srds.py
-    judged = "denoised.h5"  # the prediction of self.data that `report` is about
-
-    def __init__(self, folder, dataset, args, digest=None):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.data, self.args = folder, ["--data", str(dataset)], args
-        self.changed, self.made = False, set()  # whether a stage has run, and what this process has made
-        self.record = folder / "stages.json"
-        self.done = json.loads(self.record.read_text()) if self.record.exists() else {}
-        if self.done.get("data") != digest:
-            self.done = {"data": digest}
-        self.common = ["--seed", args.seed, "--device", args.device, "--precision", args.precision]
-
-    def path(self, name):
-        return str(self.folder / name)
-
-    def run(self, module, *flags, out=None, model=None):
-        """module.main with these flags and --out or --model (names in the folder). Returns the name of the output."""
-        argv = list(map(str, flags))
-        argv += ["--model", self.path(model)] if model else []
-        argv += ["--out", self.path(out)] if out else []
-        script = f"-m {module.__name__}" if "." in module.__name__ else f"{module.__name__}.py"
-        return self.once(module.main, argv, out or model, f"python {script} {shlex.join(argv)}", model)
-
-    def train(self, module, *flags, out=None, model):
-        """`run` of a training stage on the dataset, with as many steps as --effort asks for."""
-        return self.run(module, *self.data, *flags, *self.training_flags(module), out=out, model=model)
-
-    def once(self, action, argv, out, command, model=None):
-        """Calls action(argv) unless that was done before; `model` is a checkpoint whose training can be resumed."""
-        began, processor = time.monotonic(), time.process_time()
-        known = self.done.get(out, {})
-        same = known.get("argv") == argv and (not self.changed or out in self.made)
-        if same and known["seconds"] is not None and all((self.folder / name).exists() for name in (out, model or out)):
-            return out
-        self.changed = True  # whatever follows is made anew
-        self.made.add(out)
-        if model and not same:  # a model of other flags or inputs must not be resumed
-            for path in (self.folder / model, training.partial_path(self.folder / model)):
-                path.unlink(missing_ok=True)
-        print(f"\n$ {command}", flush=True)
-        self.note(out, argv, None)  # begun with these flags: only then may it be resumed
-        action([*argv, "--resume"] if model and same else argv)
-        self.note(out, argv, round(time.monotonic() - began, 1), round(time.process_time() - processor, 1))
-        return out
-
-    def estimate(self, flags, out):
-        """evaluate.main with these flags; returns what it wrote to `out` (.json), such as estimated PSNRs."""
-        flags = [*map(str, flags), "--json", self.path(out)]
-        self.once(evaluate.main, flags, out, f"python evaluate.py {shlex.join(flags)}")
-        return json.loads((self.folder / out).read_text())
-
-    def note(self, out, argv, seconds, processor_seconds=None):
-        self.done[out] = dict(argv=argv, seconds=seconds, processor_seconds=processor_seconds)
-        with runtime.atomic_write(self.record) as temporary:
-            temporary.write_text(json.dumps(self.done, indent=1) + "\n")
-
-    def training_flags(self, module):
-        steps = max(1, round(self.args.effort * module.PRESETS["fast"]["steps"]))
-        flags = ["--steps", steps, "--crop", self.crop(module), *self.common]
-        context = getattr(self.args, "context", "auto")
-        return flags if context == "auto" else [*flags, "--context", context]
-
-    def crop(self, module):
-        """The side of the crops that a stage trains on, pixels."""
-        return min(module.PRESETS["fast"]["crop"], self.smallest_side())
-
-    def smallest_side(self):
-        """The shortest side of an image, pixels: no crop can be larger."""
-        with data.open_file(self.data[1]) as file:
-            return min(min(group["noisy"].shape[1:]) for group in file["volumes"].values())
-
-    def measure_noise(self, out, *flags):
-        """Measures the noise of the dataset; `noise_file` is the latest measurement. Returns the noise model."""
-        self.noise_file = self.run(measure, *self.data, *flags, out=out)
-        return json.loads((self.folder / out).read_text())
-
+from lib import apply, files, record, runtime, training
+from lib import report as page
+from lib.stages import Stages
 
 # ---------------------------------------------------------------------------------------------------------------
 # recipes: the names that they pass on are those of files in the folder
@@ -152,9 +64,22 @@ UNEVEN = 0.1  # share by which noise differs from place to place; alike everywhe
 SNAPSHOTS = 4  # of the diffusion model, from which the paper's recipe chooses
 
 
+def measure_noise(stages, out, *flags):
+    """Measures the noise of the dataset; `stages.noise_file` is the latest measurement. Returns the noise model."""
+    stages.noise_file = stages.run(measure, *stages.data, *flags, out=out)
+    return json.loads((stages.folder / out).read_text())
+
+
+def estimate(stages, flags, out):
+    """evaluate.main with these flags; returns what it wrote to `out` (.json), such as estimated PSNRs."""
+    flags = [*map(str, flags), "--json", stages.path(out)]
+    stages.once(evaluate.main, flags, out, f"python evaluate.py {shlex.join(flags)}")
+    return json.loads((stages.folder / out).read_text())
+
+
 def blind_spot_estimate(stages):
     """A first estimate of the images, by a network with the blind spot that their noise asks for. Returns its file."""
-    noise_model = stages.measure_noise("noise_first.json")
+    noise_model = measure_noise(stages, "noise_first.json")
     flags = ["--blind-spot", noise_model["blind_spot"]]
     flags += ["--hole", "all"] if any(noise_model["through"]) else []
     return stages.train(bsn, *flags, out="bsn_out.h5", model="bsn.pt")
@@ -177,7 +102,7 @@ def tuned_recipe(stages):
     first = look(stages)
     if even_out(stages, first):
         first = look(stages, "_even")
-    stages.measure_noise("noise.json", "--pred", stages.path(f"{first}_out.h5"))
+    measure_noise(stages, "noise.json", "--pred", stages.path(f"{first}_out.h5"))
     start, known = stages.path(f"{first}.pt"), stages.path("noise.json")
     students = {"shipped network": start}
     if not instant:
@@ -187,7 +112,7 @@ def tuned_recipe(stages):
         students["tuned network"] = stages.path("tuned.pt")
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", known]
     flags += ["--model", *(f"{name}={path}" for name, path in students.items())]
-    found = stages.estimate(flags, "best.json")
+    found = estimate(stages, flags, "best.json")
     best = max(found, key=lambda name: found[name]["psnr"])
     kept = "images as they are" if best == "noisy" else best
     print(f"denoise: kept the {kept}: estimated PSNR {found[best]['psnr']:.2f} dB", flush=True)
@@ -204,7 +129,7 @@ def tuned_recipe(stages):
 def look(stages, suffix=""):
     """A first measurement of the noise, and what the shipped network makes of the images. Returns the latter's name."""
     name = f"instant{suffix}"
-    stages.measure_noise(f"noise_first{suffix}.json")
+    measure_noise(stages, f"noise_first{suffix}.json")
     learn(stages, shipped(stages), stages.path(stages.noise_file), 0, "--ensemble", 1, name=name)
     return name
 
@@ -216,10 +141,10 @@ def even_out(stages, first):
     """
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", stages.path(stages.noise_file)]
     flags += ["--model", f"shipped={stages.path(first)}.pt"]
-    seen = stages.estimate([*flags, "--slices", 8], "first.json")
+    seen = estimate(stages, [*flags, "--slices", 8], "first.json")
     if seen["shipped"]["uneven"] < UNEVEN:
         return False
-    stages.estimate([*flags, "--slices", 8, "--noise-map-out", stages.path("map.h5")], "map.json")
+    estimate(stages, [*flags, "--slices", 8, "--noise-map-out", stages.path("map.h5")], "map.json")
     even = stages.run(noise, "divide", *stages.data, "--map", stages.path("map.h5"), out="even.h5")
     stages.data = ["--data", stages.path(even)]
     print("denoise: the noise is stronger in some places than in others: from here on, images are divided by its map")
@@ -237,7 +162,7 @@ def recorrupted_recipe(stages, estimate, rounds=1):
     """Beyond the paper: the student learns from the noisy images and more of their noise. Returns (images, student)."""
     start, suffix = [], ""
     for k in range(1, rounds + 1):
-        stages.measure_noise(f"noise{suffix}.json", "--pred", stages.path(estimate))
+        measure_noise(stages, f"noise{suffix}.json", "--pred", stages.path(estimate))
         known = ["--noise", stages.path(stages.noise_file)]
         if k == 1:
             flags = [*stages.data, "--pred", stages.path(estimate), *known]
@@ -281,7 +206,7 @@ def best_snapshot(stages):
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", stages.path(known)]
     flags += ["--slices", 4, "--model"]
     flags += [f"{name}={stages.path('bsn.pt')}+{stages.path(file)}" for name, file in names.items()]
-    found = stages.estimate(flags, "stopping.json")
+    found = estimate(stages, flags, "stopping.json")
     best = max(names, key=lambda name: found[name]["psnr"])
     print(f"denoise: kept {best}: estimated PSNR of its pair {found[best]['psnr']:.2f} dB", flush=True)
     return names[best]
@@ -301,7 +226,7 @@ def choose_recipe(stages, recipe):
     if recipe != "auto":
         return recipe
     recipe, why = "tuned", ""
-    if stages.measure_noise("noise_first.json")["compressed"]:
+    if measure_noise(stages, "noise_first.json")["compressed"]:
         recipe, why = "paper", ": the images were stored as JPEG"
     elif getattr(stages.args, "context", "auto") not in ("auto", *WEIGHTS):
         recipe, why = "scratch", f": weights/ has networks of context {' and '.join(map(str, WEIGHTS))}"
@@ -357,28 +282,39 @@ def denoise_files(args, held):
     held: a contextlib.ExitStack, for what is let go of at the end.
     """
     out, stages, std, work = Path(args.out), None, args.std, Path(args.out) / "diffdenoise"
-    share, tell = record.share_of(args.share, args.model), record.teller(args.json)
-    model_path = Path(args.model) if args.model else out / "diffdenoise" / "student.pt"
+    share, tell, began = record.share_of(args.share, args.model), record.teller(args.json), time.monotonic()
+    model_path, recipe = Path(args.model) if args.model else work / "student.pt", "none: --model"
     options = args.device, args.precision, args.memory, args.ensemble or (1 if args.model or args.instant else 8)
     student = distill.student(model_path, *options, std=std) if args.model else None
-    sides = [name for name in ("std", "removed") if getattr(args, name)]
+    sides = [name for name, asked in dict(std=std, removed=args.removed, noise=args.noise_map_out).items() if asked]
     jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, sides, args.bids, share)
     held.enter_context(record.lock(work, share))
     if not args.model:
         stages, recipe = train_on_files(args, jobs, work, problems)
-        if std and recipe == "paper":
-            std, jobs = False, [job._replace(sides=files.without(job.sides, "std")) for job in jobs]
-            problems.append("--std: the recipe paper has no noise model, from which the uncertainty would follow")
+        if recipe == "paper":
+            without = [f"--{name}" for name in ("std", "noise") if name in sides]
+            std, jobs = False, [job._replace(sides=apply.without(job.sides, "std", "noise")) for job in jobs]
+            problems += [f"{name}: the recipe paper has no noise model, from which it would follow" for name in without]
         student = distill.student(model_path, *options, std=std)
+    law = json.loads((work / stages.noise_file).read_text()) if stages and recipe != "paper" else student.noise_model
+    if args.noise_map_out and args.model and not law:
+        raise ValueError(f"--noise-map-out: {args.model} knows no noise model")
+    evaluate.equip(student, law if args.noise_map_out else None)
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}"
-    known = student.noise_model
-    if known and known.get("varies"):
-        student.noise_map = lambda volume: evaluate.noise_map(student.once, volume, known)
     told = dict(Method=method, Parameters={"Ensemble": options[-1]}, NoiseModel=student.noise_model)
-    stop = held.enter_context(runtime.stoppable("this file"))
-    counts = files.denoise_files(jobs, student, method, work, problems, args.force, share, stop, tell, told)
+    tools, rows, stop = evaluate.report_tools(law, student), {}, held.enter_context(runtime.stoppable("this file"))
+    look = functools.partial(page.look, rows, tools)
+    counts = apply.denoise_files(jobs, student, method, work, problems, args.force, share, stop, tell, told, look)
     if stages and not stop:
         report(stages)
+    shown = out / f"report{record.suffix(share)}.html"
+    if not stop and (counts[0] or not shown.exists()):
+        secrets = [] if args.with_names else [*args.inputs, args.out, args.model, args.key]
+        facts = [("command", page.typed(["denoise.py", *sys.argv[1:]], secrets)), ("recipe", recipe)]
+        facts += [("student", training.fingerprint(model_path)), ("seed", args.seed), ("versions", page.versions())]
+        facts += [("seconds", f"{time.monotonic() - began:.0f}")]
+        facts = dict(sources=args.inputs, out=out, folder=work if stages else None, run=facts)
+        problems = page.of_run(shown, jobs, rows, tools, facts, problems, args.with_names)
     return record.finish(out, *counts, problems, stop, tell)
 
 
@@ -400,9 +336,13 @@ def main(argv=None):
     p.add_argument("--ensemble", type=int, choices=(1, 8), help="mean over 8 symmetries (default 8; 1 with --model)")
     p.add_argument("--std", action="store_true", help="write the uncertainty beside each file, as <name>_std")
     p.add_argument("--removed", action="store_true", help="write noisy - denoised beside each file, as <name>_removed")
+    p.add_argument(
+        "--noise-map-out", action="store_true", help="write the noise's deviation beside it, as <name>_noise"
+    )
     p.add_argument("--bids", action="store_true", help="BIDS in, BIDS derivatives out: names, JSON files")
     p.add_argument("--share", metavar="K/N", help="denoise only the K-th of N shares of the files; needs --model")
     p.add_argument("--json", action="store_true", help="print a line of JSON for each file, and all else to stderr")
+    p.add_argument("--with-names", action="store_true", help="name files and folders in report.html")
     p.add_argument("--force", action="store_true", help="replace files, and denoise masks and label maps")
     p.add_argument("--memory", type=runtime.size, default="2G", help="for large images, in bytes (default 2G)")
     p.add_argument("--key", help="dataset in plain HDF5 files that hold more than one")
@@ -410,8 +350,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     if bool(args.inputs) + bool(args.data) + args.demo != 1:
         raise ValueError("give image files or folders, or --data, or --demo")
-    named = ("model", "std", "removed", "bids", "share", "json", "force", "key", "acquisition")
-    given = [f"--{name}" for name in named if getattr(args, name)]
+    named = ("model", "std", "removed", "noise_map_out", "bids", "share", "json", "with_names", "force", "key")
+    named += ("acquisition",)
+    given = [f"--{name}".replace("_", "-") for name in named if getattr(args, name)]
     if given and not args.inputs:
         raise ValueError(f"{', '.join(given)}: these are for image files alone")
     if args.instant and (args.model or args.recipe not in ("auto", "tuned")):

@@ -27,13 +27,13 @@ Without a clean image, the noise model (noise.py) says what y - output should lo
 
 import itertools
 import json
-import textwrap
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.interpolate import interp1d
-from scipy.ndimage import gaussian_filter, uniform_filter
+from scipy.ndimage import gaussian_filter
 from scipy.stats import wilcoxon
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -43,9 +43,10 @@ import distill
 import measure
 import noise
 import srds
-from lib import runtime
+from lib import formats, panels, report, residual, runtime
+from lib.residual import STRUCTURE as STRUCTURE  # for those who use this module
+from lib.residual import verdict
 
-TOO_LITTLE, TOO_MUCH, STRUCTURE, CORRELATION = 0.45, 1.15, 0.2, 0.2
 PROTOCOL = "PSNR (dB) and SSIM: scikit-image, data_range 1, 7x7 window, per slice, not clipped; mean ± sd over slices."
 
 
@@ -134,29 +135,14 @@ def calibration(path, pred, split):
 
 
 def no_reference(y, x, noise_model):
-    """What can be told of the slice x (H,W), denoised from y, without the clean image: three measures, see the module.
+    """What can be told of the slice x (H,W), denoised from y, without the clean image: see the module."""
+    law = noise_at(x, noise_model)
+    return residual.measure(y, x, law, np.asarray(noise_model["correlation"]), noise.spectrum(noise_model, *law.shape))
 
-    They count the pixels where the model has noise.
-    """
-    s2 = noise.variance(noise_model, gaussian_filter(np.asarray(x, np.float64), 1))
-    noisy = s2 > 1e-3 * s2.max()
-    residual = np.where(noisy, (y - x) / np.sqrt(np.maximum(s2, 1e-12)), 0)
-    energy = np.square(residual).sum() / noisy.sum()
 
-    def correlation(dy, dx):
-        h, w = residual.shape
-        a = residual[dy:, max(dx, 0) : w + min(dx, 0)]
-        b = residual[: h - dy, max(-dx, 0) : w + min(-dx, 0)]
-        return (a * b).sum() / max(np.sqrt(np.square(a).sum() * np.square(b).sum()), 1e-12)
-
-    table = np.asarray(noise_model["correlation"])
-    lags = [(dy, dx) for dy in range(3) for dx in range(-2, 3) if dy or dx > 0]
-    off = max(abs(correlation(dy, dx) - table[noise.REACH + dy, noise.REACH + dx]) for dy, dx in lags)
-    edges = np.hypot(*np.gradient(gaussian_filter(np.asarray(x, np.float64), 1)))
-    local = uniform_filter(np.square(residual), 5) / np.maximum(uniform_filter(noisy.astype(float), 5), 1e-6)
-    varied = np.ptp(local[noisy]) > 0 and np.ptp(edges[noisy]) > 0
-    structure = np.corrcoef(local[noisy], edges[noisy])[0, 1] if varied else 0.0
-    return {"removed": energy, "correlation error": off, "structure": structure}
+def noise_at(x, noise_model):
+    """Variance of the noise at each pixel of a denoised slice x (H,W)."""
+    return noise.variance(noise_model, gaussian_filter(np.asarray(x, np.float64), 1))
 
 
 def probe(denoise, y, noise_model, generator, strength=0.1):
@@ -190,9 +176,15 @@ def estimate(denoise, noisy, noise_model, slices=24, seed=0):
     """
     context, every = getattr(denoise, "context", 0), [(name, s) for name, v in noisy.items() for s in range(v.shape[0])]
     some = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, slices).round().astype(int))]
+    stacks = (data.read_around(noisy[name], s, context) for name, s in some)
+    return estimate_stacks(denoise, stacks, noise_model, seed)
+
+
+def estimate_stacks(denoise, stacks, noise_model, seed=0):
+    """`estimate` from slices with their neighbours, each (2k+1,H,W)."""
     found, gains = [], []
-    for k, (name, s) in enumerate(some):
-        y = torch.from_numpy(np.asarray(data.read_around(noisy[name], s, context), np.float32))[None]
+    for k, stack in enumerate(stacks):
+        y = torch.from_numpy(np.asarray(stack, np.float32))[None]
         seen = probe(denoise, y, noise_model, runtime.step_rng(seed, k))
         found.append(estimated_error(*seen, noise_model))
         gains.append(np.log(noise.gain(noise_model, *(v[None] for v in seen))).ravel())
@@ -230,6 +222,15 @@ def noise_map(denoise, volume, noise_model, most=24):
     return total
 
 
+def equip(student, law=None):
+    """Gives a student what lib/apply.py asks of it: the noise map if its noise varies; with a law, the deviation."""
+    known = student.noise_model
+    if known and known.get("varies"):
+        student.noise_map = lambda volume: noise_map(student.once, volume, known)
+    if law:
+        student.level = lambda x: np.sqrt(noise_at(x, law))
+
+
 def write_noise_map(args, model, noise_model):
     """Writes `gain` (S,H,W) of every volume: by what factor the noise is stronger there than the model says."""
     noisy = data.read_volumes(args.data, "noisy", args.split)
@@ -241,19 +242,45 @@ def write_noise_map(args, model, noise_model):
                 kept[s] = data.enlarge(blocks, volume.shape[1:])
 
 
-def verdict(m):
-    """What the measures of `no_reference` mean, in words; thresholds: results/no_reference.md."""
-    said = []
-    if m["removed"] < TOO_LITTLE:
-        said.append(f"only {100 * m['removed']:.0f} % of the noise's energy was removed: noise is left")
-    if m["removed"] > TOO_MUCH:
-        said.append(f"{100 * m['removed']:.0f} % of the noise's energy was removed: structure went with it")
-    if m["structure"] > STRUCTURE:
-        lost = "fine detail is lost there"
-        said.append(f"what was removed is stronger at edges (correlation {m['structure']:.2f}): {lost}")
-    if m["correlation error"] > CORRELATION:
-        said.append(f"what was removed is not correlated as the noise is (off by {m['correlation error']:.2f})")
-    return "; ".join(said) or "what was removed looks like noise and nothing else"
+def report_tools(noise_model, denoise=None):
+    """What lib/report.py says of images, by a noise model and a denoiser, either of which may be None: see there."""
+    known = noise_model if noise_model and noise.variance(noise_model, np.linspace(0, 1, 9)).max() > 0 else None
+    names = "measure rank verdict estimate gains residual spectra deviation correlation law".split()
+    tools = dict.fromkeys(names) | dict(context=getattr(denoise, "context", 0))
+    if not known:
+        return tools
+    if denoise:
+        one = getattr(denoise, "once", denoise)  # of a mean over symmetries, which takes eight times as long
+        tools["estimate"] = lambda stacks: estimate_stacks(one, stacks, known)
+        if hasattr(denoise, "noise_map"):
+            tools["gains"] = lambda volume: noise_map(one, volume, known, most=6)
+    return tools | dict(
+        measure=lambda y, x: no_reference(y, x, known),
+        rank=lambda m: max(how_much for how_much, _ in residual.findings(m)),
+        verdict=residual.said,
+        residual=lambda y, x: residual.standardized(y, x, noise_at(x, known)),
+        spectra=lambda r, noisy: residual.spectra(r, noisy, noise.spectrum(known, *r.shape)),
+        deviation=lambda x: np.sqrt(noise.variance(known, x)),
+        correlation=np.asarray(known["correlation"]),
+        law=noise.summary(known),
+    )
+
+
+def write_page(args, preds, models, noise_model):
+    """Writes --report, the page of the one prediction file, with the estimate of the first student if one is named."""
+    (file,), denoise = preds.values(), next(iter(models.values()), None)
+    noisy = data.read_volumes(args.data, "noisy", args.split)
+    out = data.read_matching(file, args.data, split=args.split)
+    known = denoise and runnable(denoise, args.ensemble, (noise_model, noisy))
+    tools, attrs, views = report_tools(noise_model, known), data.read_attrs(args.data)[1], {}
+    for name in out:
+        mapped = float(attrs[name].get("scale", 1)), float(attrs[name].get("offset", 0))
+        volume = formats.Volume(name, noisy[name], str(attrs[name].get("source") or args.data))
+        views[name] = report.view(volume, out[name], "dataset", mapped)
+    entries = [(report.numbers(one, tools), name, 0) for name, one in views.items()]
+    facts = [("command", report.typed(["evaluate.py", *sys.argv[1:]], [] if args.with_names else sys.argv[1:]))]
+    facts += [("versions", report.versions())]
+    report.write(args.report, entries, lambda name, _: views[name], tools, dict(run=facts), names=args.with_names)
 
 
 def measure_without_reference(noisy, path, file, split, noise_model):
@@ -317,44 +344,18 @@ def report_estimates(args, models, noise_model):
     return results
 
 
-def most_detail(x, side):
-    """(top, left) of the side x side window of the image x (H,W) that holds the most gradient."""
-    sums = np.pad(np.abs(np.gradient(x)).sum(0), ((1, 0), (1, 0))).cumsum(0).cumsum(1)
-    window = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side]
-    return np.unravel_index(window.argmax(), window.shape)
-
-
 def figure(dataset, preds, split, out):
     """One slice: clean and noisy, then each method; a zoom and the error on one signed scale below. Writes a PNG."""
-    from matplotlib.figure import Figure  # without pyplot: in a notebook that would turn off its figures
-    from matplotlib.patches import Rectangle
-
     clean, noisy = data.read_volumes(dataset, "clean", split), data.read_volumes(dataset, "noisy", split)
     name = next(iter(clean))
     s = clean[name].shape[0] // 2
     x, y = np.asarray(clean[name][s]), np.asarray(noisy[name][s])
     images = {"clean": x, "noisy": y}
     images |= {m: np.asarray(data.read_matching(p, dataset, split=split)[name][s]) for m, p in preds.items()}
-    low, high, scale = float(x.min()), float(x.max()), 3 * float(np.std(y - x))
-    side = min(64, *(n // 2 for n in x.shape))
-    top, left = most_detail(x, side)
-    fig = Figure(figsize=(2.3 * len(images), 8), dpi=80, layout="constrained")
-    axes = fig.subplots(3, len(images), squeeze=False)
-    for column, (title, image) in zip(axes.T, images.items()):
-        score = "" if title == "clean" else "\n{:.2f} dB / {:.3f}".format(*psnr_ssim(image, x))
-        column[0].imshow(image, cmap="gray", vmin=low, vmax=high)
-        column[0].add_patch(Rectangle((left, top), side, side, fill=False, edgecolor="tab:orange"))
-        column[0].set_title(textwrap.fill(title, 26) + score, fontsize=8)
-        column[1].imshow(image[top : top + side, left : left + side], cmap="gray", vmin=low, vmax=high)
-        shown = column[2].imshow(image - x, cmap="RdBu_r", vmin=-scale, vmax=scale)
-        for ax in column:
-            ax.set(xticks=[], yticks=[])
-    for ax, label in zip(axes[:, 0], ("image", "zoom", "error")):
-        ax.set_ylabel(label)
-    fig.colorbar(shown, ax=axes, location="bottom", shrink=0.3, aspect=40, pad=0.01, label="error: output - clean")
-    fig.suptitle(f"{name}, slice {s}; PSNR / SSIM", fontsize=9)
+    scores = {m: "\n{:.2f} dB / {:.3f}".format(*psnr_ssim(image, x)) for m, image in images.items() if m != "clean"}
+    drawn = panels.side_by_side(images, scores, f"{name}, slice {s}; PSNR / SSIM")
     with runtime.atomic_write(out) as temporary:
-        fig.savefig(temporary, format="png")
+        drawn.savefig(temporary, format="png")
 
 
 def parse_predictions(texts):
@@ -392,13 +393,17 @@ def main(argv=None):
     p.add_argument("--model", nargs="*", default=[], metavar="[NAME=]FILE", help=run)
     p.add_argument("--ensemble", type=int, choices=(1, 8), default=1, help="of these students (default 1)")
     p.add_argument("--slices", type=runtime.positive, default=24, help="to estimate their PSNR from (default 24)")
+    p.add_argument("--report", metavar="FILE", help="with --no-reference and one --pred: a page with pictures (.html)")
+    p.add_argument("--with-names", action="store_true", help="name files and folders on that page")
     p.add_argument("--noise", default="measured", help=f"with --no-reference: {measure.NOISE_HELP}")
     p.add_argument("--noise-map-out", metavar="FILE", help="by what factor the noise differs from place to place (.h5)")
     p.add_argument("--json", help="write the table as JSON")
     p.add_argument("--figure", help="write a figure of the middle slice (.png)")
     args = p.parse_args(argv)
-    runtime.check_outputs([args.data], [f for f in (args.json, args.figure, args.noise_map_out) if f])
+    runtime.check_outputs([args.data], [f for f in (args.json, args.figure, args.noise_map_out, args.report) if f])
     preds = parse_predictions(args.pred)
+    if args.report and not (args.no_reference and len(preds) == 1):
+        raise ValueError(f"--report is for --no-reference and one file of --pred, not {len(preds)}")
     if args.no_reference:
         students = parse_predictions(args.model)
         if not preds and not students:
@@ -412,6 +417,8 @@ def main(argv=None):
             write_noise_map(args, list(students.values())[-1], noise_model)
         if preds:
             results |= report_without_reference(args.data, preds, args.split, noise_model)
+        if args.report:
+            write_page(args, preds, students, noise_model)
         return write_json(results, args.json)
     methods = {"noisy": score(args.data, None, args.split)}
     methods |= {name: score(args.data, path, args.split) for name, path in preds.items()}

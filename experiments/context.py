@@ -26,6 +26,7 @@ import distill
 import evaluate
 import noise
 from lib import crops, files, formats, runtime
+from lib.stages import Stages
 
 THROUGH = 0.5
 
@@ -96,7 +97,7 @@ def planes(x, errors, path):
 def through(args):
     """Adds noise that is correlated through the slices, trains a student that knows and one that does not, compares."""
     folder = Path(args.out)
-    stages = denoise.Stages(folder, folder / "noisy.h5", Namespace(**vars(args), effort=1.0))
+    stages = Stages(folder, folder / "noisy.h5", Namespace(**vars(args), effort=1.0))
     model = noise.known("gaussian", 6 / 255) | dict(through=[THROUGH, 0.0])
     told = {"joint": model, "ignored": noise.known("gaussian", 6 / 255)}
     with data.open_file(args.data) as file:  # an import of clean images calls them noisy, as it cannot know
@@ -108,7 +109,7 @@ def through(args):
             kept[:] = x[:]
             noisy[:] = x[:] + noise.sample(model, np.asarray(x[:]), runtime.step_rng(args.seed, k))
             noisy.parent.attrs["fingerprint"] = data.fingerprint(noisy)
-    measured = stages.measure_noise("measured.json")["through"]
+    measured = denoise.measure_noise(stages, "measured.json")["through"]
     print(f"correlation one and two slices away: {THROUGH} and 0, measured {measured}")
     named = []
     for name, known in told.items():

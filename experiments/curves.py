@@ -31,12 +31,12 @@ import numpy as np
 
 import bsn
 import data
-import denoise
 import diffusion
 import evaluate
 import noise
 import srds
 from lib import runtime, training
+from lib.stages import Stages
 
 
 def pooled(path, pred):
@@ -77,7 +77,7 @@ def look(stages, step, noise_model, sampling_steps):
 def run(args, flags):
     """Trains, looks, and writes curves.json and curves.md after each point."""
     folder, noise_model = Path(args.out[0]), noise.parse_noise_model(args.noise) if args.noise else None
-    stages = denoise.Stages(folder, args.data, Namespace(**vars(args), effort=1.0))
+    stages = Stages(folder, args.data, Namespace(**vars(args), effort=1.0))
     blind = ["--blind-spot", noise_model["blind_spot"]] if noise_model else []
     flags_of_bsn = [*stages.data, *blind, *stages.training_flags(bsn), *args.bsn.split()]  # the last ones count
     stages.run(bsn, *flags_of_bsn, out="bsn_out.h5", model="bsn.pt")

@@ -25,6 +25,7 @@ import evaluate
 import noise
 from experiments import baselines
 from lib import runtime
+from lib.stages import Stages
 
 LEVEL = "6/255"  # of the Gaussian noise: the paper's
 NLM, SINGLE, PAIR = "non-local means, level known", "one sample, 10 steps", "SRDS pair, 10 steps"
@@ -81,7 +82,7 @@ def main(argv=None):
         raise ValueError(f"--effort {args.effort:g} is not positive")
     began = time.monotonic()
     print(f"DiffDenoise demo: built-in brain, Gaussian noise {LEVEL}; everything goes to {args.out}/", flush=True)
-    stages = denoise.Stages(Path(args.out), Path(args.out) / "brain.h5", args)
+    stages = Stages(Path(args.out), Path(args.out) / "brain.h5", args)
     files = run_methods(stages, args)
     dataset, results, figure = (stages.path(name) for name in ("brain.h5", "results.json", "report.png"))
     print()

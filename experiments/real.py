@@ -36,6 +36,7 @@ import evaluate
 import noise
 from experiments import baselines, classical, volumes
 from lib import runtime
+from lib.stages import Stages
 
 METHODS = ["nlm", "bm3d", "nei2nei", "paper", "instant", "tuned", "instant_told", "tuned_told", "supervised2"]
 SCORES = {"psnr": ".2f", "ssim": ".3f", "expected": ".2f", "head": ".2f", "air": "+.2f", "dark": "+.2f"}
@@ -120,7 +121,7 @@ def noise_agreement(measured, true, dataset, law, split="test"):
 # ---------------------------------------------------------------------------------------------------------------
 # cells
 # ---------------------------------------------------------------------------------------------------------------
-class Cell(denoise.Stages):
+class Cell(Stages):
     """The stages of one image set; every training has --steps."""
 
     def training_flags(self, module):

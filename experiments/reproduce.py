@@ -50,6 +50,7 @@ import evaluate
 import noise
 from experiments import baselines, reproduce_data, reproduce_report
 from lib import runtime
+from lib.stages import Stages
 
 # Milliseconds of one core for a training step of preset `fast`; blind-spot networks: by the diameter of the hole.
 COST = {
@@ -61,7 +62,7 @@ COST = {
 # ---------------------------------------------------------------------------------------------------------------
 # the methods of a cell
 # ---------------------------------------------------------------------------------------------------------------
-class Cell(denoise.Stages):
+class Cell(Stages):
     """One noisy dataset and every method on it.
 
     Each method sets `shares` {module: share of the budget} and `cost` {module: key of COST}; `used` lists the outputs

@@ -12,7 +12,7 @@ import data
 import diffusion
 import evaluate
 import srds
-from lib import runtime, training
+from lib import panels, runtime, training
 
 
 def save(fig, path):
@@ -30,7 +30,7 @@ def middle_slice(folder):
     s = clean[name].shape[0] // 2
     x = np.asarray(clean[name][s])
     side = min(96, *(n // 2 for n in x.shape))
-    return name, s, x, (*evaluate.most_detail(x, side), side)
+    return name, s, x, (*panels.most_detail(x, side), side)
 
 
 def figure3(out, work, cells, names):

@@ -28,7 +28,7 @@ import distill
 import evaluate
 import noise
 from experiments.stein import noise_of
-from lib import runtime
+from lib import panels, runtime
 
 LESIONS, CONTRAST, BANDS = 200, 3, 10
 REACH = 4  # pixels from the centre of a lesion to the edge of its window
@@ -169,7 +169,7 @@ def figure(images, path):
 
     middle = len(images[0]) // 2
     side = min(110, *images[0].shape[1:])
-    top, left = evaluate.most_detail(images[0][middle], side)
+    top, left = panels.most_detail(images[0][middle], side)
     fig = Figure(figsize=(13, 2.4), dpi=90, layout="constrained")
     titles, bright = ("clean", "noisy", "student", "sample +", "sample -", "std"), 0.0
     for ax, title, image in zip(fig.subplots(1, 6), titles, images):

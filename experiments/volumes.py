@@ -31,6 +31,7 @@ import evaluate
 import noise
 from experiments import baselines, classical
 from lib import runtime
+from lib.stages import Stages
 
 METHODS = ["nlm", "bm3d", "bm4d", "dipy", "ants", "instant", "tuned", "instant_told", "tuned_told"]
 METHODS += ["scratch0", "scratch1", "scratch2", "scratch3", "supervised0", "supervised2"]
@@ -38,7 +39,7 @@ METHODS += ["scratch0", "scratch1", "scratch2", "scratch3", "supervised0", "supe
 
 def run_cell(folder, clean, spec, args):
     """Makes the noisy images of a cell, runs the methods on them, and writes cell.json."""
-    stages = denoise.Stages(folder, folder / "noisy.h5", args)
+    stages = Stages(folder, folder / "noisy.h5", args)
     kind, level, *blur = spec.split(":")
     flags = ["--kind", kind, "--level", level, "--correlation", *(blur or ["0"]), "--seed", args.seed]
     stages.run(noise, "add", "--data", clean, *flags, out="noisy.h5")
@@ -89,10 +90,10 @@ def both(stages, name, model):
 def measured(stages):
     """The noise, measured with the help of the shipped network as denoise.py does: the path of its file."""
     if not (stages.folder / "noise.json").exists():
-        stages.measure_noise("noise_first.json")
+        denoise.measure_noise(stages, "noise_first.json")
         start, known = denoise.shipped(stages), stages.path("noise_first.json")
         first = denoise.learn(stages, start, known, 0, "--split", "train", "--ensemble", 1, name="first")
-        stages.measure_noise("noise.json", "--pred", stages.path(first))
+        denoise.measure_noise(stages, "noise.json", "--pred", stages.path(first))
     return stages.path("noise.json")
 
 

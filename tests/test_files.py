@@ -19,7 +19,7 @@ from test_measure import phantom
 import data
 import distill
 import noise
-from lib import files, record, runtime, training
+from lib import apply, files, record, runtime, training
 
 
 @pytest.fixture(scope="module", params=["resunet"])
@@ -168,12 +168,12 @@ def test_full_disk(scans, student, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     denoise = distill.student(student)
-    files.denoise_files(jobs, denoise, "m", scans, problems)
+    apply.denoise_files(jobs, denoise, "m", scans, problems)
     assert problems and all("No space left" in p for p in problems)
     monkeypatch.undo()
     assert not list(scans.rglob("*.tmp"))
-    assert files.denoise_files(jobs, denoise, "m", scans, [])[0] > 0
-    assert files.denoise_files(jobs, denoise, "m", scans, []) == (0, 6)
+    assert apply.denoise_files(jobs, denoise, "m", scans, [])[0] > 0
+    assert apply.denoise_files(jobs, denoise, "m", scans, []) == (0, 6)
 
 
 def test_a_large_folder_is_trained_on_in_part(tmp_path, monkeypatch):
@@ -279,7 +279,13 @@ def test_what_is_no_image_is_left_alone(tmp_path, student):
         nibabel.save(made, tmp_path / "in" / name)
     done = run("denoise", "in", "--model", student, "--out", "out", cwd=tmp_path)
     assert done.returncode == 1 and "3 files written" in done.stdout
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"image.npy", "masked_head.npy", "t1.nii", "diffdenoise"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "image.npy",
+        "masked_head.npy",
+        "t1.nii",
+        "diffdenoise",
+        "report.html",
+    }
     said = ["has the value of its neighbours: a label map", "only two values: a mask", "its name says T1map"]
     said += ["its header calls it a map of a statistic"]
     assert [done.stderr.count(text) for text in said] == [1, 1, 1, 1], done.stderr

@@ -18,7 +18,7 @@ from conftest import ROOT, collect_refusals
 from PIL import Image
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
-from lib import files, formats
+from lib import apply, files, formats
 from lib.formats import dicom as dicom_format
 
 RNG = np.random.default_rng(0)
@@ -38,7 +38,7 @@ def through(folder, denoise=torch.clone):
     """Sends folder/in through a denoiser to folder/out; returns the problems."""
     jobs, problems = files.plan([folder / "in"], folder / "out")
     (folder / "work").mkdir(exist_ok=True)
-    files.denoise_files(jobs, denoise, "a test", folder / "work", problems)
+    apply.denoise_files(jobs, denoise, "a test", folder / "work", problems)
     collect_refusals("\n".join(problems), folder)
     return problems
 
@@ -272,7 +272,7 @@ def test_std_beside_the_image(there):
     def denoise(y):
         return torch.cat([y, torch.full_like(y, 0.5)], 1)
 
-    files.denoise_files(jobs, denoise, "a test", there / "work", problems)
+    apply.denoise_files(jobs, denoise, "a test", there / "work", problems)
     out, half = nibabel.load(there / "out/a.nii_std.nii"), [float(np.ptp(np.load(there / "in/b.npy"))) / 2]
     assert not problems and out.shape == image.shape and np.allclose(out.get_fdata(), 1.25 * 65535)
     assert np.allclose(tifffile.imread(there / "out/b.npy_std.tif"), half)

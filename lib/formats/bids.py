@@ -21,6 +21,7 @@ SAYS = {  # Description of each derivative
     "denoised": "The image, denoised",
     "removed": "What was taken away: noisy less denoised",
     "std": "Standard deviation of what is left unknown",
+    "noise": "Standard deviation of the noise",
 }
 
 
@@ -112,7 +113,7 @@ def check(root):
 def describe(items, root):
     """Writes dataset_description.json of the derivatives of these items; links of an earlier run stay.
 
-    And .bidsignore, so that validators pass over our work folder.
+    And .bidsignore, so that validators pass over our work folder and page.
     """
     path, found = root / "dataset_description.json", links(items, root)
     if path.exists():
@@ -126,7 +127,7 @@ def describe(items, root):
     made |= dict(GeneratedBy=[dict(Name="DiffDenoise", Version=RELEASE)], SourceDatasets=sources, DatasetLinks=found)
     write_json(path, made)
     if not (root / ".bidsignore").exists():
-        (root / ".bidsignore").write_text("diffdenoise\ndiffdenoise/**\n")
+        (root / ".bidsignore").write_text("diffdenoise\ndiffdenoise/**\nreport*.html\n")
 
 
 def write_json(path, content):

@@ -15,7 +15,8 @@ class Volume(NamedTuple):
     name: unique within its source. slices: (S,H,W) stored numbers. source: the file or folder. inverted: whether the
     highest number means black. clean: a reference like `slices`, from M4Raw's repetitions, or None. ends: lowest and
     highest number of the volume from which the slices were cut, or None if they are all of it. declared: what the
-    header says that it is, if that is no image, such as "statistic".
+    header says that it is, if that is no image, such as "statistic". spacing: mm between slices, rows and columns, or
+    (). axes: the sides of the patient towards which slices, rows and columns follow each other, such as "SPL", or "".
     """
 
     name: str
@@ -25,6 +26,8 @@ class Volume(NamedTuple):
     clean: np.ndarray | None = None
     ends: tuple[float, float] | None = None
     declared: str = ""
+    spacing: tuple = ()
+    axes: str = ""
 
 
 class Item(NamedTuple):

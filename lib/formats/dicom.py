@@ -112,17 +112,34 @@ def scaling(ds):
 @quiet()
 def read(item):
     """One Volume: the frames of all files of a series, one after the other; float32 if their scaling differs."""
-    stacks, scales, size, folder = [], [], 0, item.files[0].parent
+    stacks, scales, places, size, folder = [], [], [], 0, item.files[0].parent
     for path in item.files:
         ds, stored = read_pixels(path)
         stacks.append(stored)
         scales.append(scaling(ds))
+        places.append(position(ds))
         size += stored.nbytes
         check_size(folder, 2 * size)
     if len(set(scales)) > 1:
         stacks = [(x * slope + intercept).astype(np.float32) for x, (slope, intercept) in zip(stacks, scales)]
     inverted = ds.get("PhotometricInterpretation") == "MONOCHROME1"
-    return [Volume(folder.name or "series", np.concatenate(stacks), str(folder), inverted)]
+    slices = np.concatenate(stacks)
+    lies = geometry(ds, places) if len(places) == len(slices) else ((), "")
+    return [Volume(folder.name or "series", slices, str(folder), inverted, None, None, "", *lies)]
+
+
+def geometry(ds, places):
+    """(spacing, axes) as of Volume, by the header of one slice and the `position` of each; ((), "") if it is silent."""
+    try:
+        across, down = np.array(ds.ImageOrientationPatient, float).reshape(2, 3)
+        apart = float(np.median(np.diff(places))) if len(places) > 1 else 1.0
+        spacing = (apart, *(float(mm) for mm in ds.PixelSpacing))
+        sides = [np.argmax(np.abs(v)) for v in (np.cross(across, down), down, across)]
+        signs = [v[k] > 0 for v, k in zip((np.cross(across, down), down, across), sides)]
+        axes = "".join(("RL"[up], "AP"[up], "IS"[up])[k] for k, up in zip(sides, signs))
+    except (AttributeError, TypeError, ValueError):
+        return (), ""
+    return (spacing, axes) if min(spacing) > 0 and len(set(sides)) == 3 else ((), "")
 
 
 @quiet()

@@ -41,7 +41,18 @@ def read(item):
     stem = re.sub(r"\.nii(\.gz)?$", "", path.name, flags=re.I)
     names = [f"{stem}_t{t:03d}" if len(shape) == 4 else stem for t in range(raw.shape[3])]
     declared = declared_as(int(image.header["intent_code"]) if "intent_code" in image.header else 0)
-    return [Volume(name, raw[..., t].T, str(path), declared=declared) for t, name in enumerate(names)]
+    lies = geometry(image)
+    return [Volume(name, raw[..., t].T, str(path), False, None, None, declared, *lies) for t, name in enumerate(names)]
+
+
+def geometry(image):
+    """(spacing, axes) as of Volume, by the header; ((), "") for a single image."""
+    if len(image.shape) < 3:
+        return (), ""
+    order = [k for k in range(3) if k != slice_axis(image)] + [slice_axis(image)]
+    zooms, codes = image.header.get_zooms(), nibabel.aff2axcodes(image.affine)
+    known = all(zooms[k] > 0 and codes[k] for k in order)
+    return (tuple(float(zooms[k]) for k in order[::-1]), "".join(codes[k] for k in order[::-1])) if known else ((), "")
 
 
 def declared_as(intent):
