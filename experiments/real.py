@@ -11,11 +11,12 @@ Methods (--methods; all trainings have --steps):
 
     nlm bm3d                   told the true mean level, and BM3D the true correlation; no training
     nei2nei paper              Neighbor2Neighbor; the paper's recipe
-    instant tuned              a network of weights/, and what it has learned from the noisy images; the noise measured
-    instant_told tuned_told    the same, told the noise
+    instant tuned              denoise.py --instant, denoise.py: the noise, and its map, measured
+    instant_told tuned_told    the same, told the noise and its map
     supervised2                a student trained on the images without noise
 
-NAME+ is the mean over the eight symmetries. Scores (`scores`), PSNR in dB of the mean square error of all test slices:
+NAME+ is the mean over the eight symmetries, which `tuned` has in any case. Scores (`scores`), PSNR in dB of the mean
+square error of all test slices:
 
     psnr, ssim    against the image without noise, slice by slice as by evaluate.py
     expected      against the mean of the magnitude, which that of many repetitions converges to: denoisers that see
@@ -97,19 +98,20 @@ def read_truth(dataset, law, split):
     return data.read_volumes(dataset, "clean", split), *maps
 
 
-def deviation_map(noise_model, x):
-    """Standard deviation (S,H,W) of the noise that a model says there is at clean intensities x (S,H,W)."""
-    return np.sqrt(noise.variance(noise_model, x))
+def deviation_map(noise_model, x, gain=1.0):
+    """Standard deviation (S,H,W) of the noise at clean intensities x (S,H,W), by a model of these divided by a gain."""
+    return gain * np.sqrt(noise.variance(noise_model, x / gain))
 
 
-def noise_agreement(measured, true, dataset, law, split="test"):
+def noise_agreement(measured, gains, true, dataset, law, split="test"):
     """How a measured noise model agrees with the truth: {`agreement` of the map in the head, "correlation", "through"}.
 
-    measured, true: noise models. The last two: largest difference of the correlation up to 2 pixels, and 1 and 2 slices
-    apart; None if the latter was not measured.
+    measured, true: noise models. gains: {volume: (S,H,W)} of the measured one, or {}. The last two: largest difference
+    of the correlation up to 2 pixels, and 1 and 2 slices apart; None if the latter was not measured.
     """
     clean, _, sigma = read_truth(dataset, law, split)
-    pieces = [(deviation_map(measured, x), sigma[name], masks(x, sigma[name])[0]) for name, x in clean.items()]
+    told = {name: deviation_map(measured, x, gains[name][:] if gains else 1.0) for name, x in clean.items()}
+    pieces = [(told[name], sigma[name], masks(x, sigma[name])[0]) for name, x in clean.items()]
     found = agreement(*(np.concatenate([np.ravel(piece[k]) for piece in pieces]) for k in range(3)))
     inner = np.s_[noise.REACH - 2 : noise.REACH + 3,] * 2
     tables = [np.asarray(model["correlation"])[inner] for model in (measured, true)]
@@ -140,7 +142,10 @@ def run_cell(folder, scans, args):
         for name, pred in predictions(stages, method, told).items():
             known["methods"][name] = scores(dataset, law, stages.path(pred))
         if method in ("instant", "tuned"):
-            models = noise.parse_noise_model(stages.path("noise.json")), noise.parse_noise_model(told)
+            made, gains = stages.folder / method, {}
+            if (made / "map.h5").exists():
+                gains = data.read_matching(made / "map.h5", dataset, "gain", split="test")
+            models = noise.parse_noise_model(str(made / "noise.json")), gains, noise.parse_noise_model(told)
             known["noise"] = noise_agreement(*models, dataset, law)
         evaluate.write_json(known, found)
 
@@ -150,24 +155,43 @@ def predictions(stages, method, told):
     if method in ("nlm", *classical.METHODS):
         return volumes.classic(stages, method, told)
     if method == "nei2nei":
-        flags = [
-            "--method",
-            method,
-            "--steps",
-            stages.args.steps,
-            "--crop",
-            min(128, stages.smallest_side()),
-            "--split",
-            "test",
-        ]
-        return {
-            method: stages.run(
-                baselines, *stages.data, *flags, *stages.common, out="nei2nei_out.h5", model="nei2nei.pt"
-            )
-        }
+        flags = [*stages.data, "--method", method, "--steps", stages.args.steps, "--split", "test", *stages.common]
+        flags += ["--crop", min(128, stages.smallest_side())]
+        return {method: stages.run(baselines, *flags, out="nei2nei_out.h5", model="nei2nei.pt")}
+    if method in ("instant", "tuned"):
+        effort = stages.args.steps / denoise.TUNING_STEPS
+        args = Namespace(**{**vars(stages.args), "effort": effort, "instant": method == "instant"})
+        denoise.train(Stages(stages.folder / method, stages.data[1], args, stages.done["data"]), "tuned", 1)
+        return {method: f"{method}/denoised.h5"}
+    if method.endswith("told"):
+        return told_method(stages, method, told)
     if method == "paper":
         return {method: denoise.paper_recipe(stages, denoise.blind_spot_estimate(stages))[0]}
     return volumes.trained(stages, method, told)
+
+
+def told_method(stages, method, told):
+    """The shipped network, or what it learns, told the true noise and its map. Returns {name: its predictions}."""
+    gains, whole = stages.path("gain.h5"), stages.data
+    if not Path(gains).exists():
+        write_gains(Path(told).with_name("SIGMA.h5"), noise.parse_noise_model(told), whole[1], gains)
+    stages.data = ["--data", stages.path(stages.run(noise, "divide", *whole, "--map", gains, out="told_even.h5"))]
+    out, like = {}, ["--like", whole[1]]
+    for name, file in volumes.trained(stages, method, told).items():
+        flags = [*stages.data, *like, "--pred", stages.path(file)]
+        out[name] = stages.run(noise, "multiply", *flags, out=f"{name}_whole.h5")
+    stages.data = whole
+    return out
+
+
+def write_gains(law, noise_model, dataset, out):
+    """Writes `gain`: the true standard deviation of SIGMA.h5 in units of that of the noise model, a constant."""
+    sigma, level = data.read_matching(law, dataset, "sigma"), float(noise.variance(noise_model, np.zeros(1))[0]) ** 0.5
+    with data.write_volumes(out, "prediction", "scanner", {}, like=dataset) as new_volume:
+        for name, volume in sigma.items():
+            (kept,) = new_volume(name, volume.shape, ["gain"])
+            for s in range(volume.shape[0]):
+                kept[s] = volume[s] / level
 
 
 # ---------------------------------------------------------------------------------------------------------------
