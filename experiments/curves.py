@@ -125,8 +125,11 @@ def figure(folders, out):
             bottom.plot(steps, [p[name] for p in curve["points"]], marker=".", label=f"{name} that came back")
         top.set(xscale="log", title=Path(folder).name, ylabel="PSNR, dB")
         bottom.set(xscale="log", xlabel="steps", ylim=(-0.05, 1))
-        top.legend(fontsize=7)
-        bottom.legend(fontsize=7)
+        for ax in (top, bottom):
+            ax.set_xticks(steps, list(map(str, steps)))
+            ax.set_xticks([], minor=True)
+    handles = [line for ax in axes[:, 0] for line in ax.get_legend_handles_labels()[0]]
+    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
     with runtime.atomic_write(out) as temporary:
         fig.savefig(temporary, format="png")
 

@@ -39,8 +39,11 @@ def test_agreement_of_noise_models(tmp_path):
     table[6, 6], table[6, 7] = 1, 0.1
     measured = noise.make_noise_model([(1.05 * sigma) ** 2, 0, 0], table, through=[0.2, 0.0])
     true = noise.known("gaussian", sigma)
-    found = real.noise_agreement(measured, true, tmp_path / "t.h5", tmp_path / "s.h5")
+    found = real.noise_agreement(measured, {}, true, tmp_path / "t.h5", tmp_path / "s.h5")
     np.testing.assert_allclose([found["median"], found["within"]], [1.05, 1], rtol=1e-5)
+    gains = {"a": np.full(clean.shape, 1 / 1.05)}
+    with_map = real.noise_agreement(measured, gains, true, tmp_path / "t.h5", tmp_path / "s.h5")
+    assert with_map["median"] == pytest.approx(1)
     assert found["correlation"] == pytest.approx(0.1) and found["through"] == pytest.approx(0.2)
 
 
@@ -53,12 +56,15 @@ def test_cell(tmp_path):
     made = ["--data", "clean.h5", "--repetitions", 1, "--no-kspace", "--out", "scans"]
     ok("experiments.scanner", *made, cwd=tmp_path)
     flags = ["a=scans", "--steps", 2, "--out", "out", "--methods"]
-    said = ok("experiments.real", *flags, "nlm", "nei2nei", "instant", cwd=tmp_path).stdout
+    said = ok("experiments.real", *flags, "nlm", "nei2nei", "instant", "instant_told", cwd=tmp_path).stdout
     cell = json.loads((tmp_path / "out/a/cell.json").read_text())
-    assert set(cell["methods"]) == {"noisy", "nlm", "nei2nei", "instant", "instant+"} and "median" in cell["noise"]
+    assert (
+        set(cell["methods"]) == {"noisy", "nlm", "nei2nei", "instant", "instant_told", "instant_told+"}
+        and "median" in cell["noise"]
+    )
     assert cell["methods"]["nlm"]["head"] > cell["methods"]["noisy"]["head"] + 0.5
     assert cell["methods"]["noisy"]["expected"] > cell["methods"]["noisy"]["psnr"]  # air is brighter than black
-    assert "## a" in said and "| instant+ |" in said
+    assert "## a" in said and "| instant_told+ |" in said
     again = ok("experiments.real", *flags, "nlm", "supervised2", cwd=tmp_path).stdout
     assert "--method nei2nei" not in again and "| nei2nei |" in again and "| supervised2 |" in again
     assert again.split("## a")[1] == (tmp_path / "out/table.md").read_text().split("## a")[1] + "\n"
