@@ -136,13 +136,19 @@ def calibration(path, pred, split):
 
 def no_reference(y, x, noise_model):
     """What can be told of the slice x (H,W), denoised from y, without the clean image: see the module."""
-    law = noise_at(x, noise_model)
+    law = counted(x, noise_model)
     return residual.measure(y, x, law, np.asarray(noise_model["correlation"]), noise.spectrum(noise_model, *law.shape))
 
 
 def noise_at(x, noise_model):
     """Variance of the noise at each pixel of a denoised slice x (H,W)."""
     return noise.variance(noise_model, gaussian_filter(np.asarray(x, np.float64), 1))
+
+
+def counted(x, noise_model):
+    """`noise_at`, 0 where magnitudes are dark: below 3 deviations their noise is Rician, and not that of the model."""
+    law = noise_at(x, noise_model)
+    return np.where(np.square(x) > 9 * law, law, 0) if noise_model.get("magnitude") else law
 
 
 def probe(denoise, y, noise_model, generator, strength=0.1):
@@ -194,7 +200,7 @@ def estimate_stacks(denoise, stacks, noise_model, seed=0):
     return dict(psnr=-10 * np.log10(mse), sd=4.34 * spread / mse, noisy=-10 * np.log10(s2), uneven=uneven)
 
 
-def noise_map(denoise, volume, noise_model, most=24):
+def noise_map(denoise, volume, noise_model, most=12):
     """noise.gain of every slice of a noisy volume (S,H,W), found in a few rounds: (S,H/8,W/8).
 
     denoise: as of `probe`; its attribute `context` is k. With neighbours, `most` slices are looked at and the others
@@ -258,7 +264,7 @@ def report_tools(noise_model, denoise=None):
         measure=lambda y, x: no_reference(y, x, known),
         rank=lambda m: max(how_much for how_much, _ in residual.findings(m)),
         verdict=residual.said,
-        residual=lambda y, x: residual.standardized(y, x, noise_at(x, known)),
+        residual=lambda y, x: residual.standardized(y, x, counted(x, known)),
         spectra=lambda r, noisy: residual.spectra(r, noisy, noise.spectrum(known, *r.shape)),
         deviation=lambda x: np.sqrt(noise.variance(known, x)),
         correlation=np.asarray(known["correlation"]),
