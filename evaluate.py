@@ -146,9 +146,9 @@ def noise_at(x, noise_model):
 
 
 def counted(x, noise_model):
-    """`noise_at`, 0 where magnitudes are dark: below 3 deviations their noise is Rician, and not that of the model."""
-    law = noise_at(x, noise_model)
-    return np.where(np.square(x) > 9 * law, law, 0) if noise_model.get("magnitude") else law
+    """`noise_at`, 0 where magnitudes are so dark that their noise is not that of the model."""
+    law, dark = noise_at(x, noise_model), noise_model.get("dark")
+    return np.where(gaussian_filter(np.asarray(x, np.float64), 1) > dark, law, 0) if dark else law
 
 
 def probe(denoise, y, noise_model, generator, strength=0.1):

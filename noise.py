@@ -15,7 +15,7 @@ A noise *model* is a plain dict:
     through      [r1, r2]: correlation with the same pixel one and two slices away; None if unknown, taken for 0
     blind_spot   1, 5 or 9: the smallest hole of bsn.py that hides the correlated neighbours of a pixel
     compressed   whether the images were stored as JPEG, which no such model describes
-    magnitude    whether the images are magnitudes, never negative: near black their noise is Rician
+    dark         intensity below which this is not the noise of magnitude images (Rician, chi), 0 for others
     varies       whether its level differs from place to place: the model then describes images that were divided by a
                  smooth map, `gain`
 
@@ -92,7 +92,7 @@ def known(kind, level, correlation=0):
     return make_noise_model([power * (k == KINDS.index(kind)) for k in range(3)], inner)
 
 
-def make_noise_model(variance, correlation, compressed=False, through=(0.0, 0.0), magnitude=False, varies=False):
+def make_noise_model(variance, correlation, compressed=False, through=(0.0, 0.0), dark=0.0, varies=False):
     """A noise model from its numbers; adds the blind spot that hides the correlated neighbours of a pixel.
 
     variance: [a, b, c]. correlation: (13,13). through: correlation one and two slices away. The others: see the module.
@@ -106,7 +106,7 @@ def make_noise_model(variance, correlation, compressed=False, through=(0.0, 0.0)
         through=[r if r is None else round(float(r), 5) for r in through],
         blind_spot=1 if beyond[0] < SEEN else 5 if beyond[1] < SEEN else 9,
         compressed=bool(compressed),
-        magnitude=bool(magnitude),
+        dark=round(float(dark), 5),
         varies=bool(varies),
     )
 
@@ -271,8 +271,8 @@ def gain(noise_model, y, x, z, a, apart=None):
     removed, expected = (np.maximum(v, 1e-12) for v in energy)
     expected = gaussian_filter(expected, (0, 0.7, 0.7))
     keep = (in_squares(same) < 0.15) & (removed > 1e-3 * expected) & (in_squares(s2) > least)
-    if noise_model.get("magnitude"):
-        keep &= in_squares(x) > 3 * np.sqrt(in_squares(s2))
+    if noise_model.get("dark"):
+        keep &= in_squares(x) > noise_model["dark"]
     if not keep.any():
         return np.ones(removed.shape)
     ratio = np.log(removed / expected)
@@ -339,7 +339,7 @@ def parse_noise_model(text):
         through = found.get("through", [0.0, 0.0])
         if len(through) != 2 or any(r is not None and not abs(r) <= 1 for r in through):
             raise ValueError(f"through {through}")
-        flags = {name: found.get(name, False) for name in ("compressed", "magnitude", "varies")}
+        flags = {name: found.get(name, False) for name in ("compressed", "dark", "varies")}
         return make_noise_model(coefficients, table, through=through, **flags)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{text} is not a noise model of measure.py: {error!r}") from None

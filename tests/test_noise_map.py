@@ -63,11 +63,11 @@ def test_the_map_is_found(context, level):
 
 def test_dark_magnitudes_do_not_count():
     """Near black, the noise of magnitudes is weaker: no reason for a map."""
-    model, rng = noise.known("gaussian", 1.0) | dict(magnitude=True), np.random.default_rng(0)
+    model, rng = noise.known("gaussian", 1.0) | dict(dark=3.0), np.random.default_rng(0)
     x = np.zeros((1, 96, 96)) + 20 * (np.arange(96) > 48)
     y = np.hypot(x + rng.standard_normal(x.shape), rng.standard_normal(x.shape))
     z = rng.standard_normal(x.shape)
-    for known, weak in ((model, False), (model | dict(magnitude=False), True)):
+    for known, weak in ((model, False), (model | dict(dark=0.0), True)):
         found = noise.gain(known, y, np.where(x > 0, x, 1.25), z, 0 * z)
         assert (found[0, :, :4].mean() < 0.8 * found[0, :, 8:].mean()) == weak
 
