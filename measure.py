@@ -312,42 +312,48 @@ def fit_levels(intensity, level, blocks, disorder):
     return coefficients
 
 
-def air_of(images):
-    """Mean intensity of magnitude images where there is no signal; 0 if there is no such place.
+def around(image):
+    """Mean and deviation (by 2x2 checker differences, which structure hardly moves) over 15x15 pixels, both (H,W)."""
+    checker = np.zeros(image.shape)
+    checker[1:, 1:] = np.square(image[1:, 1:] - image[1:, :-1] - image[:-1, 1:] + image[:-1, :-1]) / 4
+    return uniform_filter(image.astype(np.float64), 15), np.sqrt(np.maximum(uniform_filter(checker, 15), 0))
 
-    Of all blocks, air is the darkest. Its mean is 1.9 standard deviations (Rayleigh, one coil) to 8 (chi, 16 coils).
+
+def without_air(images):
+    """(magnitude images with 0 where there is no signal, intensity up to which they are dark: 0 if there is no air).
+
+    Without signal, the mean is 1.9 standard deviations of the noise (Rayleigh, one coil) to 8 (chi, 16 coils): the
+    darkest places say how many. Where it is not much more there is hardly a signal, and the noise is weaker.
     """
-    blocks = in_blocks(images, 8)
-    blocks = blocks[usable(blocks)]
-    mean, deviation = blocks.mean((1, 2)), blocks.std((1, 2))
-    air = np.quantile(mean, 0.02) if len(mean) else 0.0
+    found = [around(image) for image in images]
+    mean, deviation = (np.concatenate([f[k].ravel() for f in found]) for k in (0, 1))
+    varied = deviation > 1e-3 * deviation.mean()
+    low = np.quantile(mean[varied], 0.02) if varied.any() else 0.0
     for _ in range(3):
-        alike = np.abs(mean - air) < 0.25 * air
-        air = np.median(mean[alike]) if alike.any() else 0.0
-    return float(air) if alike.mean() > 0.02 and air < 12 * np.median(deviation[alike]) else 0.0
+        alike = varied & (np.abs(mean - low) <= 0.25 * low)
+        low = np.median(mean[alike]) if alike.any() else 0.0
+    ratio = np.median(mean[alike] / deviation[alike]) if alike.any() else 0.0
+    if not 1.2 < ratio < 12:
+        return images, 0.0
+    air = [(m < 1.3 * ratio * d) & (m < 4 * low) for m, d in found]
+    typical = np.median(mean[np.concatenate([a.ravel() for a in air]) & varied])
+    return [np.where(a, 0, image) for a, image in zip(air, images)], 1.8 * float(typical)
 
 
 def measure(images, means=None, magnitude=False):
     """The noise model of images [(H,W)], from them alone, or better with predictions `means` of the same shapes.
 
     The correlation is that of the quieter of two models, with and without the predictions, since structure only ever
-    adds; the levels are fitted to the points of both.
-
-    magnitude: the images are magnitudes (never negative). Near black their noise is another, and is left out.
-    Raises ValueError if they are too small or too few.
+    adds; the levels are fitted to the points of both. magnitude: the images are magnitudes (never negative), whose
+    dark places are left out. Raises ValueError if they are too small or too few.
     """
-    points, models, dark = [], [], 0.0
-    if magnitude:
-        dark = 1.8 * air_of(images)  # from there on, the deviation is within 5 % of that of bright places
-        bright = [np.where(uniform_filter(image, 9) > dark, image, 0) for image in images]
-        images = bright if np.mean([image > 0 for image in bright]) > 0.02 else images
+    points, models = [], []
+    images, dark = without_air(images) if magnitude else (images, 0.0)
     for guide in [None] if means is None else [None, means]:
         correlation = measure_correlation(images, guide)
         found = measure_levels(images, correlation, guide)
-        if magnitude:
-            above = found[0] > np.maximum(3 * np.sqrt(found[1]), dark)
-            found = found[:, above] if above.any() else found
-        points.append(found)
+        above = found[0] > np.maximum(3 * np.sqrt(found[1]), dark)
+        points.append(found[:, above] if magnitude and above.any() else found)
         models.append(make_noise_model(fit_levels(*found), correlation))
     quieter = min(models, key=lambda model: np.mean([variance(model, image).mean() for image in images]))
     level = fit_levels(*np.concatenate(points, 1))
@@ -376,7 +382,8 @@ def measure_file(path, pred=None):
 
     pred: a prediction file made from it; it helps to tell where the images are flat. Raises ValueError as `measure`.
     """
-    splits = {attrs.get("split", "train") for attrs in data.read_attrs(path)[1].values()}
+    attrs = data.read_attrs(path)[1]
+    splits = {one.get("split", "train") for one in attrs.values()}
     volumes = data.read_volumes(path, "noisy", "train" if "train" in splits else None)
     means = data.read_matching(pred, path) if pred else None
     volumes = {name: v for name, v in volumes.items() if means is None or name in means}
@@ -385,14 +392,12 @@ def measure_file(path, pred=None):
     count = min(len(slices), max(1, int(PIXELS / per_slice)))
     slices = [slices[i] for i in np.unique(np.linspace(0, len(slices) - 1, count).round().astype(int))]
     images = [np.asarray(volumes[name][s]) for name, s in slices]
-    attrs = data.read_attrs(path)[1]
-    lowest = min(
-        float(end) * attrs[name].get("scale", 1) + attrs[name].get("offset", 0)
-        for image, (name, _) in zip(images, slices)
-        for end in (image.min(), image.max())  # an inverted volume has a negative scale
-    )
-    means = None if means is None else [np.asarray(means[name][s]) for name, s in slices]
-    noise_model = measure(images, means, magnitude=bool(lowest >= 0))
+    lows = []
+    for image, (name, _) in zip(images, slices):  # an inverted volume has a negative scale
+        scale, offset = attrs[name].get("scale", 1), attrs[name].get("offset", 0)
+        lows += [float(end) * scale + offset for end in (image.min(), image.max())]
+    means = means and [np.asarray(means[name][s]) for name, s in slices]
+    noise_model = measure(images, means, magnitude=min(lows) >= 0)
     with data.open_file(path) as file:
         varies = any("gain" in group for group in file["volumes"].values())
     through = through_slices(volumes, np.array(noise_model["correlation"]))
