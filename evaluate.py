@@ -204,12 +204,15 @@ def noise_map(denoise, volume, noise_model, most=12):
     """noise.gain of every slice of a noisy volume (S,H,W), found in a few rounds: (S,H/8,W/8).
 
     denoise: as of `probe`; its attribute `context` is k. With neighbours, `most` slices are looked at and the others
-    lie between them; without, slices have nothing to do with each other.
+    lie between them; without, slices have nothing to do with each other. The map is that to noise of one level: one
+    that depends on the intensities, which are divided too, would move with every round.
     """
     context, (count, *shape) = getattr(denoise, "context", 0), volume.shape
     chosen = np.unique(np.linspace(0, count - 1, min(count, most) if context else count).round().astype(int))
     apart = (count - 1) / max(len(chosen) - 1, 1) if context else None
     total = np.ones((count, *(-(-n // noise.BLOCK) for n in shape)))
+    level = np.mean([noise.variance(noise_model, volume[s]).mean() for s in chosen])
+    noise_model = noise_model | dict(variance=[float(level), 0.0, 0.0])
 
     def look(s):
         around = data.around(s, count, context)
@@ -223,6 +226,7 @@ def noise_map(denoise, volume, noise_model, most=12):
         else:
             found = np.concatenate([noise.gain(noise_model, *look(s)) for s in chosen])
         total *= interp1d(chosen, found, axis=0)(np.arange(count)) if count > 1 else found
+        total = np.clip(total, 1 / 8, 8)
         if np.log(found).std() < 0.05:
             break
     return total
@@ -262,7 +266,7 @@ def report_tools(noise_model, denoise=None):
             tools["gains"] = lambda volume: noise_map(one, volume, known, most=6)
     return tools | dict(
         measure=lambda y, x: no_reference(y, x, known),
-        rank=lambda m: max(how_much for how_much, _ in residual.findings(m)),
+        rank=residual.rank,
         verdict=residual.said,
         residual=lambda y, x: residual.standardized(y, x, counted(x, known)),
         spectra=lambda r, noisy: residual.spectra(r, noisy, noise.spectrum(known, *r.shape)),
@@ -275,8 +279,7 @@ def report_tools(noise_model, denoise=None):
 def write_page(args, preds, models, noise_model):
     """Writes --report, the page of the one prediction file, with the estimate of the first student if one is named."""
     (file,), denoise = preds.values(), next(iter(models.values()), None)
-    noisy = data.read_volumes(args.data, "noisy", args.split)
-    out = data.read_matching(file, args.data, split=args.split)
+    noisy, out = data.read_volumes(args.data, "noisy", args.split), data.read_matching(file, args.data, split=args.split)
     known = denoise and runnable(denoise, args.ensemble, (noise_model, noisy))
     tools, attrs, views = report_tools(noise_model, known), data.read_attrs(args.data)[1], {}
     for name in out:
@@ -391,8 +394,7 @@ def main(argv=None):
     p.add_argument("--data", required=True, help="dataset (.h5) with clean and noisy images")
     files = "prediction files (.h5); a method is named after its file unless NAME is given"
     p.add_argument("--pred", nargs="*", default=[], metavar="[NAME=]FILE", help=files)
-    splits = (*data.SPLITS, "all")
-    p.add_argument("--split", choices=splits, default="test", help="the slices to evaluate (default test)")
+    p.add_argument("--split", choices=(*data.SPLITS, "all"), default="test", help="slices to evaluate (default test)")
     p.add_argument("--calibration", action="store_true", help="how well `std` of the predictions tells their error")
     p.add_argument("--no-reference", action="store_true", help="what can be told without clean images")
     run = "with --no-reference: student.pt, or bsn.pt+diffusion.pt, to run, for their estimated PSNR"
@@ -412,14 +414,12 @@ def main(argv=None):
         raise ValueError(f"--report is for --no-reference and one file of --pred, not {len(preds)}")
     if args.no_reference:
         students = parse_predictions(args.model)
-        if not preds and not students:
-            raise ValueError("--no-reference needs --pred or --model")
+        if not students and (args.noise_map_out or not preds):
+            raise ValueError("--noise-map-out needs --model" if preds else "--no-reference needs --pred or --model")
         noise_model, results = measure.load_noise_model(args.noise, args.data), {}
         if students:
             results |= report_estimates(args, students, noise_model)
         if args.noise_map_out:
-            if not students:
-                raise ValueError("--noise-map-out needs --model")
             write_noise_map(args, list(students.values())[-1], noise_model)
         if preds:
             results |= report_without_reference(args.data, preds, args.split, noise_model)

@@ -185,7 +185,12 @@ def card(number, row, one, tools, shown, names):
     made |= dict(sd=f"{deviation * abs(one['scale']):.3g}" if deviation else None, plot=None, estimate=None)
     m = made["measures"] = row["measures"]
     deep = one["y"].shape[0] >= panels.DEEP
-    made |= dict(wrong=row["rank"] > 1, oriented=deep and bool(one["axes"]), unspaced=deep and not one["spacing"])
+    made |= dict(
+        untouched=bool(m) and m["removed"] < residual.UNTOUCHED,
+        wrong=row["rank"] > 1,
+        oriented=deep and bool(one["axes"]),
+        unspaced=deep and not one["spacing"],
+    )
     unknown = ["there is no noise model: it cannot be told what it was"]
     made["verdict"], *made["also"] = tools["verdict"](m) if m else unknown
     if m and m["removed"] > residual.UNTOUCHED:
@@ -263,6 +268,7 @@ def write(path, entries, load, tools, facts, problems=(), names=False):
             count=len(entries),
             law=panels.law_plot(tools) if tools["deviation"] else None,
             law_words=tools["law"],
+            uneven=bool(tools["gains"]),
             verdict=tools["verdict"],
             problems=problems,
             facts=facts["run"],

@@ -144,6 +144,11 @@ def findings(m):
     ]
 
 
+def rank(m):
+    """How wrong the measures are, above 1 for what is wrong; 0 where nothing was removed."""
+    return 0.0 if m["removed"] < UNTOUCHED else max(how_much for how_much, _ in findings(m))
+
+
 def said(m):
     """What the measures mean, [words]: what is wrong, the worst first; or that nothing is."""
     if m["removed"] < UNTOUCHED:

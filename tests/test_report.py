@@ -279,4 +279,4 @@ def test_in_a_browser(mixed, browser):
     browser("Emulation.setEmulatedMedia", media="print")
     assert value("getComputedStyle(document.querySelector('.wipe')).display") == "none"
     assert not browser.said
-    assert not [url for url in browser.asked if not url.startswith(("file:", "data:"))]
+    assert not [url for url in browser.asked if not url.startswith(("file:", "data:", "chrome:"))]
