@@ -225,8 +225,8 @@ def noise_map(denoise, volume, noise_model, most=12):
             found = noise.gain(noise_model, *map(np.concatenate, zip(*map(look, chosen))), apart)
         else:
             found = np.concatenate([noise.gain(noise_model, *look(s)) for s in chosen])
-        total *= interp1d(chosen, found, axis=0)(np.arange(count)) if count > 1 else found
-        total = np.clip(total, 1 / 8, 8)
+        everywhere = interp1d(chosen, found, axis=0)(np.arange(count)) if count > 1 else found
+        total = np.clip(total * everywhere, 1 / 8, 8)
         if np.log(found).std() < 0.05:
             break
     return total
@@ -254,9 +254,9 @@ def write_noise_map(args, model, noise_model):
 
 def report_tools(noise_model, denoise=None):
     """What lib/report.py says of images, by a noise model and a denoiser, either of which may be None: see there."""
-    known = noise_model if noise_model and noise.variance(noise_model, np.linspace(0, 1, 9)).max() > 0 else None
-    names = "measure rank verdict estimate gains residual spectra deviation correlation law".split()
-    tools = dict.fromkeys(names) | dict(context=getattr(denoise, "context", 0))
+    known = noise_model if noise_model and any(noise_model["variance"]) else None
+    names = "measure rank verdict estimate gains residual spectra deviation correlation law"
+    tools = dict.fromkeys(names.split()) | dict(context=getattr(denoise, "context", 0))
     if not known:
         return tools
     if denoise:
@@ -279,16 +279,17 @@ def report_tools(noise_model, denoise=None):
 def write_page(args, preds, models, noise_model):
     """Writes --report, the page of the one prediction file, with the estimate of the first student if one is named."""
     (file,), denoise = preds.values(), next(iter(models.values()), None)
-    noisy, out = data.read_volumes(args.data, "noisy", args.split), data.read_matching(file, args.data, split=args.split)
-    known = denoise and runnable(denoise, args.ensemble, (noise_model, noisy))
-    tools, attrs, views = report_tools(noise_model, known), data.read_attrs(args.data)[1], {}
+    noisy = data.read_volumes(args.data, "noisy", args.split)
+    out = data.read_matching(file, args.data, split=args.split)
+    tools = report_tools(noise_model, denoise and runnable(denoise, args.ensemble, (noise_model, noisy)))
+    attrs, views = data.read_attrs(args.data)[1], {}
     for name in out:
         mapped = float(attrs[name].get("scale", 1)), float(attrs[name].get("offset", 0))
         volume = formats.Volume(name, noisy[name], str(attrs[name].get("source") or args.data))
         views[name] = report.view(volume, out[name], "dataset", mapped)
     entries = [(report.numbers(one, tools), name, 0) for name, one in views.items()]
-    facts = [("command", report.typed(["evaluate.py", *sys.argv[1:]], [] if args.with_names else sys.argv[1:]))]
-    facts += [("versions", report.versions())]
+    command = report.typed(["evaluate.py", *sys.argv[1:]], [] if args.with_names else sys.argv[1:])
+    facts = [("command", command), ("versions", report.versions())]
     report.write(args.report, entries, lambda name, _: views[name], tools, dict(run=facts), names=args.with_names)
 
 
@@ -343,8 +344,7 @@ def report_estimates(args, models, noise_model):
     noisy, results = data.read_volumes(args.data, "noisy", args.split), {}
     for name, path in models.items():
         results[name] = estimate(runnable(path, args.ensemble, (noise_model, noisy)), noisy, noise_model, args.slices)
-    uneven = results[name]["uneven"]
-    results["noisy"] = dict(psnr=results[name]["noisy"], sd=0.0)
+    uneven, results["noisy"] = results[name]["uneven"], dict(psnr=results[name]["noisy"], sd=0.0)
     print("| method | estimated PSNR, dB |\n|---|---|")
     for name, found in results.items():
         print(f"| {name} | {found['psnr']:.2f} ± {found['sd']:.2f} |")
