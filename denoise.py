@@ -60,7 +60,7 @@ from lib.stages import Stages
 # ---------------------------------------------------------------------------------------------------------------
 WEIGHTS = {k: Path(__file__).with_name("weights") / name for k, name in ((0, "images.pt"), (2, "volumes.pt"))}
 TUNING_STEPS, TUNING_RATE = 1500, 1e-3
-UNEVEN = 0.1  # share by which noise differs from place to place; alike everywhere: up to 0.06, X-rays 0.1
+UNEVEN = 0.08  # share by which noise differs from place to place; alike everywhere: up to 0.06, X-rays 0.1
 SNAPSHOTS = 4  # of the diffusion model, from which the paper's recipe chooses
 
 
@@ -299,8 +299,11 @@ def denoise_files(args, held):
     law = json.loads((work / stages.noise_file).read_text()) if stages and recipe != "paper" else student.noise_model
     if args.noise_map_out and args.model and not law:
         raise ValueError(f"--noise-map-out: {args.model} knows no noise model")
-    evaluate.equip(student, law if args.noise_map_out else None)
+    if args.bias_correct and not (law and law.get("air")):
+        raise ValueError("--bias-correct: the noise model knows no air: no magnitude images, or none without signal")
+    evaluate.equip(student, law, args.noise_map_out, args.bias_correct)
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}"
+    method += ", bias corrected" if args.bias_correct else ""
     told = dict(Method=method, Parameters={"Ensemble": options[-1]}, NoiseModel=student.noise_model)
     tools, rows, stop = evaluate.report_tools(law, student), {}, held.enter_context(runtime.stoppable("this file"))
     look = functools.partial(page.look, rows, tools)
@@ -335,6 +338,7 @@ def main(argv=None):
     training.context_flag(p)
     p.add_argument("--ensemble", type=int, choices=(1, 8), help="mean over 8 symmetries (default 8; 1 with --model)")
     p.add_argument("--std", action="store_true", help="write the uncertainty beside each file, as <name>_std")
+    p.add_argument("--bias-correct", action="store_true", help="magnitude images: take off what noise adds where dark")
     p.add_argument("--removed", action="store_true", help="write noisy - denoised beside each file, as <name>_removed")
     p.add_argument(
         "--noise-map-out", action="store_true", help="write the noise's deviation beside it, as <name>_noise"
@@ -350,8 +354,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if bool(args.inputs) + bool(args.data) + args.demo != 1:
         raise ValueError("give image files or folders, or --data, or --demo")
-    named = ("model", "std", "removed", "noise_map_out", "bids", "share", "json", "with_names", "force", "key")
-    named += ("acquisition",)
+    named = ["model", "std", "removed", "noise_map_out", "bias_correct", "bids", "share", "json", "with_names"]
+    named += ["force", "key", "acquisition"]
     given = [f"--{name}".replace("_", "-") for name in named if getattr(args, name)]
     if given and not args.inputs:
         raise ValueError(f"{', '.join(given)}: these are for image files alone")

@@ -42,6 +42,7 @@ import data
 import distill
 import measure
 import noise
+import posterior
 import srds
 from lib import formats, panels, report, residual, runtime
 from lib.residual import STRUCTURE as STRUCTURE  # for those who use this module
@@ -117,14 +118,9 @@ def calibration(path, pred, split):
     """
     clean = data.read_volumes(path, "clean", split)
     mean, std = (data.read_matching(pred, path, key, split=split) for key in ("pred", "std"))
-    x, error, std = (
-        np.concatenate([np.ravel(a) for a in arrays])
-        for arrays in (
-            [clean[v][s] for v in mean for s in range(mean[v].shape[0])],
-            [np.abs(mean[v][s] - clean[v][s]) for v in mean for s in range(mean[v].shape[0])],
-            [std[v][s] for v in mean for s in range(mean[v].shape[0])],
-        )
-    )
+    slices = [(clean[v][s], mean[v][s], std[v][s]) for v in mean for s in range(mean[v].shape[0])]
+    x, mean, std = (np.concatenate([np.ravel(a) for a in arrays]) for arrays in zip(*slices))
+    error = np.abs(mean - x)
     edges = np.quantile(x, np.linspace(0, 1, 5))
     group = np.clip(np.searchsorted(edges, x, side="right") - 1, 0, 3)
     return [
@@ -232,13 +228,15 @@ def noise_map(denoise, volume, noise_model, most=12):
     return total
 
 
-def equip(student, law=None):
-    """Gives a student what lib/apply.py asks of it: the noise map if its noise varies; with a law, the deviation."""
+def equip(student, law, level=False, signal=False):
+    """Gives a student what lib/apply.py asks of it: the noise map if its noise varies, `level`, `signal`, by a law."""
     known = student.noise_model
     if known and known.get("varies"):
         student.noise_map = lambda volume: noise_map(student.once, volume, known)
-    if law:
+    if level:
         student.level = lambda x: np.sqrt(noise_at(x, law))
+    if signal:
+        student.signal = lambda x: posterior.signal(x, noise_at(x, law), law["air"]).astype(np.float32)
 
 
 def write_noise_map(args, model, noise_model):

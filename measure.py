@@ -320,7 +320,7 @@ def around(image):
 
 
 def without_air(images):
-    """(magnitude images with 0 where there is no signal, intensity up to which they are dark: 0 if there is no air).
+    """(magnitude images with 0 where there is no signal, [mean, variance] there, or None if there is no such place).
 
     Without signal, the mean is 1.9 standard deviations of the noise (Rayleigh, one coil) to 8 (chi, 16 coils): the
     darkest places say how many. Where it is not much more there is hardly a signal, and the noise is weaker.
@@ -332,12 +332,11 @@ def without_air(images):
     for _ in range(3):
         alike = varied & (np.abs(mean - low) <= 0.25 * low)
         low = np.median(mean[alike]) if alike.any() else 0.0
-    ratio = np.median(mean[alike] / deviation[alike]) if alike.any() else 0.0
-    if not 1.2 < ratio < 12:
-        return images, 0.0
+    if not alike.any() or not 1.2 < (ratio := np.median(mean[alike] / deviation[alike])) < 12:
+        return images, None
     air = [(m < 1.3 * ratio * d) & (m < 4 * low) for m, d in found]
-    typical = np.median(mean[np.concatenate([a.ravel() for a in air]) & varied])
-    return [np.where(a, 0, image) for a, image in zip(air, images)], 1.8 * float(typical)
+    typical = (np.median(v[np.concatenate([a.ravel() for a in air]) & varied]) for v in (mean, deviation**2))
+    return [np.where(a, 0, image) for a, image in zip(air, images)], list(map(float, typical))
 
 
 def measure(images, means=None, magnitude=False):
@@ -348,7 +347,8 @@ def measure(images, means=None, magnitude=False):
     dark places are left out. Raises ValueError if they are too small or too few.
     """
     points, models = [], []
-    images, dark = without_air(images) if magnitude else (images, 0.0)
+    images, air = without_air(images) if magnitude else (images, None)
+    dark = 1.8 * air[0] if air else 0.0  # from there on, the noise is nearly that of bright places
     for guide in [None] if means is None else [None, means]:
         correlation = measure_correlation(images, guide)
         found = measure_levels(images, correlation, guide)
@@ -357,7 +357,7 @@ def measure(images, means=None, magnitude=False):
         models.append(make_noise_model(fit_levels(*found), correlation))
     quieter = min(models, key=lambda model: np.mean([variance(model, image).mean() for image in images]))
     level = fit_levels(*np.concatenate(points, 1))
-    return quieter | dict(variance=level.tolist(), dark=max(dark, 3 * level[0] ** 0.5) if magnitude else 0.0)
+    return quieter | dict(variance=level.tolist(), air=air, dark=max(dark, 3 * level[0] ** 0.5) if magnitude else 0.0)
 
 
 # ---------------------------------------------------------------------------------------------------------------

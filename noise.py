@@ -16,6 +16,7 @@ A noise *model* is a plain dict:
     blind_spot   1, 5 or 9: the smallest hole of bsn.py that hides the correlated neighbours of a pixel
     compressed   whether the images were stored as JPEG, which no such model describes
     dark         intensity below which this is not the noise of magnitude images (Rician, chi), 0 for others
+    air          [mean, variance] of magnitude images where there is no signal, or None
     varies       whether its level differs from place to place: the model then describes images that were divided by a
                  smooth map, `gain`
 
@@ -92,7 +93,7 @@ def known(kind, level, correlation=0):
     return make_noise_model([power * (k == KINDS.index(kind)) for k in range(3)], inner)
 
 
-def make_noise_model(variance, correlation, compressed=False, through=(0.0, 0.0), dark=0.0, varies=False):
+def make_noise_model(variance, correlation, compressed=False, through=(0.0, 0.0), dark=0.0, air=None, varies=False):
     """A noise model from its numbers; adds the blind spot that hides the correlated neighbours of a pixel.
 
     variance: [a, b, c]. correlation: (13,13). through: correlation one and two slices away. The others: see the module.
@@ -107,6 +108,7 @@ def make_noise_model(variance, correlation, compressed=False, through=(0.0, 0.0)
         blind_spot=1 if beyond[0] < SEEN else 5 if beyond[1] < SEEN else 9,
         compressed=bool(compressed),
         dark=round(float(dark), 5),
+        air=air and [float(v) for v in air],
         varies=bool(varies),
     )
 
@@ -339,7 +341,7 @@ def parse_noise_model(text):
         through = found.get("through", [0.0, 0.0])
         if len(through) != 2 or any(r is not None and not abs(r) <= 1 for r in through):
             raise ValueError(f"through {through}")
-        flags = {name: found.get(name, False) for name in ("compressed", "dark", "varies")}
+        flags = {name: found.get(name, False) for name in ("compressed", "dark", "air", "varies")}
         return make_noise_model(coefficients, table, through=through, **flags)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{text} is not a noise model of measure.py: {error!r}") from None

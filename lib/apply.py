@@ -38,6 +38,7 @@ def denoise_volume(volume, denoise):
     change returns the same bits. Attributes, all optional: context, k. noise_map: callable, the mapped volume (S,H,W)
     to how much stronger than expected its noise is, in blocks of 8x8 pixels (S,H/8,W/8): the slices are divided by it,
     and what comes out is multiplied by it. level: callable, a denoised slice (H,W) to the deviation of its noise.
+    signal: callable, a denoised slice to what is written instead of it.
     Raises ValueError below 16x16 pixels, or for a single slice that needs neighbours.
     """
     low, high = files.finite_range(volume.slices)
@@ -58,7 +59,7 @@ def denoise_volume(volume, denoise):
         y /= scale
         return np.nan_to_num(y.astype(np.float32, copy=False), copy=False, nan=0, posinf=1, neginf=0)
 
-    noise_map, level = getattr(denoise, "noise_map", None), getattr(denoise, "level", None)
+    noise_map, level, signal = (getattr(denoise, name, None) for name in ("noise_map", "level", "signal"))
     gains = noise_map(np.stack([mapped(s) for s in range(count)])) if noise_map else None
 
     def gain(s):
@@ -71,6 +72,8 @@ def denoise_volume(volume, denoise):
         x, *deviation = denoise(torch.from_numpy(np.stack([ready[k] for k in which]))[None])[0].numpy()
         if level:
             levels[s] = level(x) * abs(scale) * gain(s)
+        if signal:
+            x = signal(x)
         x -= ready[s]
         x *= scale * gain(s)
         out[s] = formats.as_type(volume.slices[s] + x, out.dtype)

@@ -4,14 +4,17 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 import torch
-from conftest import ellipses, ok
+from conftest import ellipses, ok, run
 from scipy.ndimage import gaussian_filter
+from test_measure import phantom
 
 import data
 import distill
 import evaluate
 import noise
+import posterior
 from lib import crops
 
 LEVEL = 8 / 255
@@ -109,3 +112,40 @@ def test_denoise_divides(tmp_path):
     ok("denoise", *"a.npy --out new --model set/student.pt".split(), cwd=tmp_path)
     files = psnr(np.load(tmp_path / "new/a.npy"))
     assert min(inside, files) > psnr(np.stack(rival)) + 0.5 and abs(inside - files) < 0.2
+
+
+def test_signal_of_magnitudes():
+    """What the mean of the magnitude of several coils says of the signal: from the air's two numbers alone."""
+    rng, s = np.random.default_rng(0), 0.05
+    for coils in (1, 4, 16):
+        signal = np.repeat(np.array([0, 1, 2, 4, 8, 20]) * s, 200_000).reshape(6, -1)
+        parts = rng.normal(0, s, (2 * coils, *signal.shape))
+        parts[0] += signal
+        magnitude = np.sqrt(np.square(parts).sum(0))
+        mean, air = magnitude.mean(1), (magnitude[0].mean(), magnitude[0].var())
+        found = posterior.signal(mean, np.full(6, s**2), air)
+        assert found[0] < 0.15 * s and np.abs(found[3:] - signal[3:, 0]).max() < 0.15 * s
+        assert (np.abs(found - signal[:, 0]) < 0.5 * np.maximum(mean - signal[:, 0], 0.1 * s)).all()
+
+
+def test_bias_correct_and_map_of_files(tmp_path):
+    """Four coils on a dark ground: black comes out black, and <name>_noise has the deviation; refused without air."""
+    rng, s = np.random.default_rng(0), 60.0
+    x = np.stack(phantom(6, 160))
+    x = np.where(x > 0.35, 2500 * x, 0)
+    parts = rng.normal(0, s, (8, *x.shape))
+    parts[0] += x
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in/a.npy", np.sqrt(np.square(parts).sum(0)).astype(np.float32))
+    flags = ["in", "--instant", "--noise-map-out", "--out"]
+    ok("denoise", *flags, "plain", cwd=tmp_path)
+    ok("denoise", *flags, "corrected", "--bias-correct", cwd=tmp_path)
+    air, tissue = x == 0, x > 1000
+    plain, corrected = (np.load(tmp_path / name / "a.npy") for name in ("plain", "corrected"))
+    assert np.median(plain[air]) > 2.3 * s and np.median(corrected[air]) < 1.2 * s
+    assert abs(np.mean((corrected - x)[tissue])) < abs(np.mean((plain - x)[tissue])) < 0.3 * s
+    level = tifffile.imread(tmp_path / "corrected/a.npy_noise.tif")
+    assert level.shape == x.shape and np.median(level[tissue]) == pytest.approx(s, rel=0.2)
+    np.save(tmp_path / "in/a.npy", (x + rng.normal(0, s, x.shape)).astype(np.float32))
+    refused = run("denoise", *flags, "no", "--bias-correct", cwd=tmp_path)
+    assert refused.returncode == 2 and "--bias-correct: the noise model knows no air" in refused.stderr
