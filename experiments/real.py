@@ -176,6 +176,9 @@ def told_method(stages, method, told):
     if not Path(gains).exists():
         write_gains(Path(told).with_name("SIGMA.h5"), noise.parse_noise_model(told), whole[1], gains)
     stages.data = ["--data", stages.path(stages.run(noise, "divide", *whole, "--map", gains, out="told_even.h5"))]
+    if method == "tuned_told":
+        start, few = denoise.shipped(stages), ["--split", "train", "--ensemble", 1]
+        denoise.learn(stages, start, told, 0, *few, name="first")
     out, like = {}, ["--like", whole[1]]
     for name, file in volumes.trained(stages, method, told).items():
         flags = [*stages.data, *like, "--pred", stages.path(file)]
