@@ -42,6 +42,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 import bsn
 import data
 import diffusion
@@ -145,6 +147,8 @@ def even_out(stages, first):
     if seen["shipped"]["uneven"] < UNEVEN:
         return False
     estimate(stages, [*flags, "--slices", 8, "--noise-map-out", stages.path("map.h5")], "map.json")
+    if all(np.ptp(gain[0]) == 0 for gain in data.read_volumes(stages.path("map.h5"), "gain").values()):
+        return False
     even = stages.run(noise, "divide", *stages.data, "--map", stages.path("map.h5"), out="even.h5")
     stages.data = ["--data", stages.path(even)]
     print("denoise: the noise is stronger in some places than in others: from here on, images are divided by its map")

@@ -221,11 +221,11 @@ def noise_map(denoise, volume, noise_model, most=12):
             found = noise.gain(noise_model, *map(np.concatenate, zip(*map(look, chosen))), apart)
         else:
             found = np.concatenate([noise.gain(noise_model, *look(s)) for s in chosen])
-        everywhere = interp1d(chosen, found, axis=0)(np.arange(count)) if count > 1 else found
-        total = np.clip(total * everywhere, 1 / 8, 8)
+        total *= interp1d(chosen, found, axis=0)(np.arange(count)) if count > 1 else found
         if np.log(found).std() < 0.05:
             break
-    return total
+    steady = 0.75 < np.median(found) < 1.33  # else it was no noise that was taken off more and more
+    return total if steady else np.ones_like(total)
 
 
 def equip(student, law, level=False, signal=False):
@@ -244,10 +244,12 @@ def write_noise_map(args, model, noise_model):
     noisy = data.read_volumes(args.data, "noisy", args.split)
     denoise = runnable(model, 1, (noise_model, noisy))
     with data.write_volumes(args.noise_map_out, "prediction", "evaluate", vars(args), args.data, noise_model) as add:
-        for name, volume in runtime.progress(noisy.items(), "noise map"):
+        maps = [noise_map(denoise, v, noise_model) for v in runtime.progress(noisy.values(), "noise map")]
+        typical = np.exp(np.mean([np.log(blocks).mean() for blocks in maps]))  # that is for the model to say
+        for (name, volume), blocks in zip(noisy.items(), maps):
             (kept,) = add(name, volume.shape, ["gain"])
-            for s, blocks in enumerate(noise_map(denoise, volume, noise_model)):
-                kept[s] = data.enlarge(blocks, volume.shape[1:])
+            for s, some in enumerate(blocks):
+                kept[s] = data.enlarge(some / typical, volume.shape[1:])
 
 
 def report_tools(noise_model, denoise=None):

@@ -1,65 +1,159 @@
-"""Quality after so many minutes of training: the recipe without clean images, and NAFNet trained on clean ones.
+"""Quality after so many seconds of training: shipped network, tuned, new students, Neighbor2Neighbor, supervised.
 
-    python -m experiments.budget ours NOISY.h5 FOLDER                  # after 1, 2, 4 and 8 minutes
-    python -m experiments.budget supervised NOISY.h5 FOLDER 3 6        # after 3 and 6 minutes
+    Out   FOLDER/rates.json              seconds of a training step of each method, measured on this machine at first
+          FOLDER/NAME-NOISE-SEED/cell.json   {method: {psnr, psnr_sd, ssim, ...}}, of the test split
+          FOLDER/table.md                means over the seeds
 
-    ours         `denoise.py --recipe scratch`, blind-spot network and student together
-    supervised   `distill.py --target clean --preset nafnet`
-    student      the same with the network of preset `fast`
+    python -m experiments.budget head=HEAD.h5 chest=CHEST.h5 --noise gaussian:6/255 poisson:200 --seeds 0 1 --out FOLDER
+    python -m experiments.budget --out FOLDER                                              # only the table
 
-How long a step takes is measured first, on a twentieth of the usual training. Prints a Markdown table: the seconds of
-training that were really taken, PSNR and SSIM on the test split.
+The datasets hold clean images (data.py import); noise is added to them. A method is NAME@SECONDS:
+
+    shipped              a network of weights/, untrained       tuned     what it becomes on the noisy images
+    scratch, supervised  a new student, by recorruption or with the clean images, with the neighbours that suit
+    supervised2d         the same without neighbours            nei2nei   Neighbor2Neighbor, with that network
+    nlm bm3d bm4d        told the true noise
+
+`shipped`, `tuned` and `scratch` measure the noise. All students but `nei2nei` are means over the eight symmetries: so is
+what `denoise.py` writes; a second row of `tuned`, `tuned1`, is one evaluation.
 """
 
 import json
-import subprocess
-import sys
+import time
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
+
+import data
+import denoise
 import distill
+import evaluate
+import noise
+from experiments import baselines, volumes
 from lib import runtime
+from lib.stages import Stages
 
-ROOT = Path(__file__).parent.parent
-
-
-def run(script, *flags):
-    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, flags)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+TRAINED = ["tuned", "scratch", "nei2nei", "supervised2d", "supervised"]
+CLASSIC = ["nlm", "bm3d", "bm4d"]
+SELF_SUPERVISED = ("shipped", "tuned", "scratch", "nei2nei")
 
 
-def attempt(way, noisy, folder, effort):
-    """(seconds of training, psnr, ssim) of `effort` times the steps of the preset."""
-    out = folder / f"{way}-{effort:.3f}"
-    if way == "ours":
-        run("denoise", "--data", noisy, "--out", out, "--recipe", "scratch", "--effort", effort)
-        pred, logs = out / "denoised.h5", [out / "bsn.jsonl", out / "recorrupted.jsonl"]
+def train(stages, method, spec, steps, name):
+    """Trains a method for so many steps; returns the file of its predictions for the test split."""
+    flags = [*stages.data, "--split", "test", "--steps", steps, *stages.common]
+    made = dict(out=f"{name}_out.h5", model=f"{name}.pt")
+    if method == "nei2nei":
+        return stages.run(baselines, *flags, "--method", "nei2nei", **made)
+    if method in ("tuned", "scratch"):
+        flags += ["--target", "recorrupted", "--noise", volumes.measured(stages)]
     else:
-        out.mkdir(exist_ok=True)
-        pred, logs = out / "out.h5", [out / "model.jsonl"]
-        preset = "nafnet" if way == "supervised" else "fast"
-        steps = max(1, round(effort * distill.PRESETS[preset]["steps"]))
-        flags = ["--target", "clean", "--preset", preset, "--steps", steps, "--split", "test"]
-        run("distill", "--data", noisy, *flags, "--model", out / "model.pt", "--out", pred)
-    run("evaluate", "--data", noisy, "--pred", f"x={pred}", "--json", out / "results.json")
-    found = json.loads((out / "results.json").read_text())["x"]
-    seconds = sum(json.loads(log.read_text().splitlines()[-1])["seconds"] for log in logs)
-    return seconds, found["psnr"], found["ssim"]
+        flags += ["--target", "clean", *(["--context", 0] if method == "supervised2d" else [])]
+    if method == "tuned":
+        flags += ["--init", denoise.shipped(stages), "--lr", denoise.TUNING_RATE, "--pred", stages.path("first_out.h5")]
+    return stages.run(distill, *flags, **made)
 
 
-def main():
-    p = runtime.parser(__doc__)
-    p.add_argument("way", choices=("ours", "supervised", "student"))
-    p.add_argument("noisy", metavar="NOISY.h5", help="dataset with clean images, which only the table needs")
-    p.add_argument("folder", type=Path, help="for everything that is made")
-    p.add_argument("minutes", type=float, nargs="*", default=[1, 2, 4, 8], help="default 1 2 4 8")
-    args = p.parse_args()
-    args.folder.mkdir(parents=True, exist_ok=True)
-    usual = attempt(args.way, args.noisy, args.folder, 0.05)[0] / 0.05  # seconds of training at effort 1
-    print(f"| {args.way} | minutes | seconds of training | PSNR | SSIM |\n|---|---|---|---|---|", flush=True)
-    for minutes in args.minutes:
-        seconds, psnr, ssim = attempt(args.way, args.noisy, args.folder, 60 * minutes / usual)
-        print(f"| {args.way} | {minutes:g} | {seconds:.0f} | {psnr:.2f} | {ssim:.4f} |", flush=True)
+def rates(folder, clean, spec, args):
+    """{method: seconds of a training step} of FOLDER/rates.json; measured by 20 and 120 steps if it is not there."""
+    path = folder / "rates.json"
+    if not path.exists():
+        found, stages = {}, noisy_cell(folder / "rates", clean, spec, args, 0)
+        volumes.measured(stages)
+        for method in TRAINED:
+            took = []
+            for steps in (20, 120):
+                began = time.monotonic()
+                train(stages, method, spec, steps, f"{method}{steps}")
+                took.append(time.monotonic() - began)
+            found[method] = (took[1] - took[0]) / 100
+        evaluate.write_json(found, path)
+    return json.loads(path.read_text())
+
+
+def noisy_cell(folder, clean, spec, args, seed):
+    """Stages on images to which noise was added."""
+    stages = Stages(folder, folder / "noisy.h5", Namespace(**{**vars(args), "effort": 1.0, "seed": seed}))
+    kind, level, *blur = spec.split(":")
+    flags = ["--kind", kind, "--level", level, "--correlation", *(blur or ["0"]), "--seed", seed]
+    stages.run(noise, "add", "--data", clean, *flags, out="noisy.h5")
+    return stages
+
+
+def run_cell(folder, clean, spec, args, seed, step):
+    """Runs all methods on one dataset with one noise and one seed; writes cell.json."""
+    stages = noisy_cell(folder, clean, spec, args, seed)
+    preds = {}
+
+    def attempt(name, run, *arguments):
+        stages.changed = False  # the methods do not depend on each other
+        preds[name] = run(*arguments)
+
+    deep = min(v.shape[0] for v in data.read_volumes(str(stages.data[1]), "noisy", "test").values()) > 1
+    for method in args.classic:
+        if deep or method != "bm4d":
+            attempt(method, lambda: volumes.classic(stages, method, spec)[method])  # noqa: B023  called at once
+    known = volumes.measured(stages)
+    told = ["--target", "recorrupted", "--noise", known, "--init", denoise.shipped(stages), "--steps", 0]
+    flags = [*stages.data, *told, "--split", "test", *stages.common]
+    attempt("shipped", lambda: stages.run(distill, *flags, out="shipped_out.h5", model="shipped.pt"))
+    for method in args.methods:
+        for seconds in args.seconds if method == "tuned" else args.seconds[-1:]:
+            name = f"{method}@{seconds}"
+            if method == "supervised2d" and not deep:
+                continue
+            attempt(name, train, stages, method, spec, round(seconds / step[method]), name)
+    one = [*stages.data, "--predict", "--split", "test", "--ensemble", 1, *stages.common]
+    for name in [n for n in preds if n.startswith("tuned")]:
+        flags = [*one, "--model", stages.path(f"{name}.pt")]
+        attempt(name.replace("tuned", "tuned1"), lambda: stages.run(distill, *flags, out=f"{name}-1_out.h5"))  # noqa: B023
+    named = [f"{name}={stages.path(file)}" for name, file in preds.items()]
+    evaluate.main([*map(str, stages.data), "--pred", *named, "--json", str(folder / "cell.json")])
+
+
+def table(folder):
+    """The Markdown table: PSNR in dB, means over seeds; in bold the best of what is trained without clean images."""
+    cells = {}
+    for path in sorted(folder.glob("*/cell.json")):
+        cells.setdefault(path.parent.name.rpartition("-")[0], []).append(json.loads(path.read_text()))
+    methods = list(dict.fromkeys(name for seeds in cells.values() for cell in seeds for name in cell))
+    mean = {name: {m: np.mean([c[m]["psnr"] for c in s]) for m in s[0]} for name, s in cells.items()}
+    apart = {name: {m: np.ptp([c[m]["psnr"] for c in s]) for m in s[0]} for name, s in cells.items()}
+    lines = ["| PSNR, dB | " + " | ".join(cells) + " |", "|---|" + "---|" * len(cells)]
+    for m in methods:
+        row = []
+        for name, found in mean.items():
+            best = max(v for n, v in found.items() if n.partition("@")[0] in SELF_SUPERVISED)
+            text = f"{found[m]:.2f}" if m in found else ""
+            row.append(f"**{text}**" if text and found[m] == best else text)
+        lines.append(f"| {m} | {' | '.join(row)} |")
+    widest = max((v for found in apart.values() for v in found.values()), default=0)
+    count = sorted({len(s) for s in cells.values()})
+    lines += ["", f"Seeds a cell: {', '.join(map(str, count))}; the same method differs by at most {widest:.2f} dB."]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv=None):
+    p = runtime.network_parser(__doc__)
+    p.add_argument("images", nargs="*", metavar="NAME=CLEAN.h5", help="datasets of clean images")
+    p.add_argument("--noise", nargs="+", default=["gaussian:6/255"], help="kind:level[:correlation] (gaussian:6/255)")
+    p.add_argument("--seconds", nargs="+", type=int, default=[30, 60, 120], help="of training; others take the last")
+    p.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the noise and of the training (default 0)")
+    p.add_argument("--methods", nargs="+", choices=TRAINED, default=TRAINED, help="default all")
+    p.add_argument("--classic", nargs="*", choices=CLASSIC, default=CLASSIC, help="default all")
+    p.add_argument("--out", required=True, help="folder for everything")
+    args = p.parse_args(argv)
+    folder = Path(args.out)
+    for seed in args.seeds:
+        for text in args.images:
+            name, _, clean = text.partition("=")
+            for spec in args.noise:
+                step = rates(folder, clean, spec, args)
+                cell = folder / f"{name}-{spec.replace('/', '_').replace(':', '-')}-{seed}"
+                run_cell(cell, clean, spec, args, seed, step)
+    (folder / "table.md").write_text(table(folder))
+    print(table(folder))
 
 
 if __name__ == "__main__":
-    main()
+    runtime.command(main)
