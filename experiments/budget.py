@@ -14,8 +14,8 @@ The datasets hold clean images (data.py import); noise is added to them. A metho
     supervised2d         the same without neighbours            nei2nei   Neighbor2Neighbor, with that network
     nlm bm3d bm4d        told the true noise
 
-`shipped`, `tuned` and `scratch` measure the noise. All students but `nei2nei` are means over the eight symmetries: so is
-what `denoise.py` writes; a second row of `tuned`, `tuned1`, is one evaluation.
+`shipped`, `tuned` and `scratch` measure the noise. All students but `nei2nei` are means over the eight symmetries, as
+what `denoise.py` writes is; a second row of `tuned`, `tuned1`, is one evaluation.
 """
 
 import json
@@ -122,7 +122,7 @@ def table(folder):
     lines = ["| PSNR, dB | " + " | ".join(cells) + " |", "|---|" + "---|" * len(cells)]
     for m in methods:
         row = []
-        for name, found in mean.items():
+        for found in mean.values():
             best = max(v for n, v in found.items() if n.partition("@")[0] in SELF_SUPERVISED)
             text = f"{found[m]:.2f}" if m in found else ""
             row.append(f"**{text}**" if text and found[m] == best else text)
