@@ -147,7 +147,7 @@ def even_out(stages, first):
     if seen["shipped"]["uneven"] < UNEVEN:
         return False
     estimate(stages, [*flags, "--slices", 8, "--noise-map-out", stages.path("map.h5")], "map.json")
-    if all(np.ptp(gain[0]) == 0 for gain in data.read_volumes(stages.path("map.h5"), "gain").values()):
+    if all(np.ptp(np.asarray(gain)) == 0 for gain in data.read_volumes(stages.path("map.h5"), "gain").values()):
         return False
     even = stages.run(noise, "divide", *stages.data, "--map", stages.path("map.h5"), out="even.h5")
     stages.data = ["--data", stages.path(even)]
