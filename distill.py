@@ -16,7 +16,6 @@ It learns from any prediction (knowledge distillation) or, beyond the paper, fro
     python distill.py --data new.h5 --predict --model student.pt --out new_out.h5
     python distill.py --data knee.h5 --target recorrupted --pred bsn_out.h5    # noise measured with the help of --pred
     python distill.py --data knee.h5 --target recorrupted --init student.pt --model refined.pt --out refined_out.h5
-    python distill.py --data knee.h5 --predict --model refined.pt --samples 4 --out samples.h5
 
 Symbols: y is the noisy image (the paper's x'), target the SRDS mean (Eq. 4). Networks, all deterministic:
 
@@ -189,26 +188,25 @@ def psnr_loss(x, target):
     return 10 * torch.log10((x - target).square().mean((1, 2, 3)) + 1e-8).mean()
 
 
-def recorruption_loss(network, y, z, strength=0.3):
+def recorruption_loss(network, y, z, strength=0.3, counts=1):
     """Mean square error of network(y) against the *clean* image, in tenths of the range, up to a constant.
 
     Args: y (B,2k+1,H,W) noisy slices with k neighbours on each side, k = 0 for the slice alone; z: fresh noise of the
     same distribution as theirs, for the slice alone (B,1,H,W) if the noise of its neighbours is independent of its own,
-    for all of them (B,2k+1,H,W) otherwise; strength a.
+    for all of them (B,2k+1,H,W) otherwise; strength a; counts: (B,1,H,W), 0 for pixels whose noise z is not like.
 
     Recorruption (Pang et al. 2021): the noises of y + a z and y - z / a are uncorrelated, so that a network that learns
     the second from the first learns the clean image. Here z has both signs, and constants are left out:
 
         mean of |f(y + az) - y|^2 and |f(y - az) - y|^2, plus z * (f(y + az) - f(y - az)) / a
 
-    The large terms in 1/a cancel. So a can be small, and f sees nearly the noise that it will see in use; in the limit
-    of a = 0 this is Stein's unbiased risk estimate (SURE). The target is the middle slice; neighbours with independent
-    noise may stay as they are: all that counts is that the noise of what f sees is uncorrelated with the target's.
+    The large terms in 1/a cancel: a can be small, and f sees nearly the noise of its use; in the limit of a = 0 this is
+    Stein's unbiased risk estimate (SURE). Neighbours with independent noise may stay as they are.
     """
     beside = (y.shape[1] - z.shape[1]) // 2
     added = F.pad(strength * z, (0, 0, 0, 0, beside, beside))
-    plus, minus = network(torch.cat([y + added, y - added])).float().chunk(2)
-    y, z = (x[:, x.shape[1] // 2, None] for x in (y, z))
+    plus, minus = (counts * x for x in network(torch.cat([y + added, y - added])).float().chunk(2))
+    y, z = (counts * x[:, x.shape[1] // 2, None] for x in (y, z))
     correction = (z * (plus - minus)).mean() * (100 / strength)
     return (mse_loss(plus, y) + mse_loss(minus, y)) / 2 + correction
 
@@ -325,24 +323,25 @@ def train(args, checkpoint=None):
         y, *more = data.random_crops(stacks, args.batch, args.crop, run.rng(step), run.rank, run.world, contexts)
         if noise_model:
             rngs = [run.rng(step, 1, j) for j in range(run.rank, args.batch, run.world)]
-            recorrupted = y if joint else y[:, context, None]
-            more = [noise.sample_like(noise_model, recorrupted, more[0] if more else None, rngs)]
-        y, target = run.to_device(y, *more)  # with a noise model the target is y itself, and this the noise z
+            own = y[:, context, None]
+            more = [noise.sample_like(noise_model, y if joint else own, more[0] if more else None, rngs)]
+            more.append(torch.from_numpy(noise.bright(noise_model, own.numpy())))
+        y, target, *counts = run.to_device(y, *more)  # with a noise model the target is y itself, and this the noise z
         with run.autocast():
             if noise_model:
-                loss, trivial = (recorruption_loss(f, y, target, args.strength) for f in (run.net, unchanged))
+                loss, trivial = (recorruption_loss(f, y, target, args.strength, *counts) for f in (run.net, unchanged))
             else:
                 loss, trivial = (LOSSES[args.loss](f(y).float(), target) for f in (run.net, unchanged))
-        run.update(loss, trivial, mse=loss / 100 - target.square().mean() if noise_model else None)
+        run.update(loss, trivial, mse=loss / 100 - (counts[0] * target).square().mean() if noise_model else None)
 
 
 def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, told=None, std=False):
     """The denoiser that a checkpoint holds: callable, (B,2k+1,H,W) noisy to (B,1,H,W) denoised, both on the CPU.
 
     Attributes: context k, noise_model, and once: itself without ensemble and std. ensemble: 8 for the mean over flips
-    and quarter turns. Large images go through in tiles: a run takes about `memory` bytes beside its start. told: (noise
-    model, {name: (S,H,W) noisy}), for a network of weights/. std: (B,2,H,W), with the deviation of what is left unknown
-    (noise.deviation), nine times as slow. Raises ValueError for one that must be told the noise, and was not.
+    and, but where rows and columns have different noise, quarter turns. Large images go in tiles: a run takes about
+    `memory` bytes beside its start. told: (noise model, {name: (S,H,W) noisy}), for a network of weights/. std:
+    (B,2,H,W), with noise.deviation, nine times as slow. Raises ValueError for one that must be told the noise.
     """
     device = runtime.pick_device(device)
     network, checkpoint = training.load_network(build_network, path, "distill", device)
@@ -356,6 +355,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
     arguments, crop = checkpoint["model_args"], checkpoint["extra"]["crop"]
     network.pool_locally(crop)
     side, overlap = data.tiling(BYTES[type(network)] * arguments["width"], crop, memory)
+    turns = not known or bool(np.ptp(np.subtract(known["correlation"], np.transpose(known["correlation"]))) < 0.2)
 
     def forward(y):
         with runtime.autocast(device, precision):
@@ -366,7 +366,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
         return data.tiled(forward, y, side, overlap)
 
     def denoise(y):
-        x = data.mean_over_symmetries(once, y) if ensemble == 8 else once(y)
+        x = data.mean_over_symmetries(once, y, turns) if ensemble == 8 else once(y)
         rngs = [runtime.step_rng(0) for _ in y]  # the same for each slice: what is written depends on y alone
         return torch.cat([x, noise.deviation(known, once, y, x, rngs)], 1) if std else x
 

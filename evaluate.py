@@ -16,10 +16,7 @@ an output that has not seen the noise of its own pixel, 1 for the noisy image.
 
 Without a clean image, the noise model (noise.py) says what y - output should look like if it were only noise:
 
-    removed      its mean energy in units of the noise's: about 0.7 to 1; more means that structure went with it
-    correlation  largest difference between its correlation and the noise's, up to 2 pixels apart
-    structure    correlation of its energy (5x5 pixels, in units of the noise's) with the gradient of the output: 0 for
-                 noise, above 0 if the residual is larger where the image has edges
+    removed, correlation error, structure     see lib/residual.py
     PSNR         estimated, for what can be run again (--model): Stein's unbiased risk estimate (`estimated_error`)
     error        estimated root mean square error: from the file's `std` where a stage has one (posterior.py); for a
                  blind-spot network sqrt(|y - output|^2 - s2), by J-invariance
@@ -45,7 +42,6 @@ import noise
 import posterior
 import srds
 from lib import formats, panels, report, residual, runtime
-from lib.residual import STRUCTURE as STRUCTURE  # for those who use this module
 from lib.residual import verdict
 
 PROTOCOL = "PSNR (dB) and SSIM: scikit-image, data_range 1, 7x7 window, per slice, not clipped; mean ± sd over slices."
@@ -143,8 +139,7 @@ def noise_at(x, noise_model):
 
 def counted(x, noise_model):
     """`noise_at`, 0 where magnitudes are so dark that their noise is not that of the model."""
-    law, dark = noise_at(x, noise_model), noise_model.get("dark")
-    return np.where(gaussian_filter(np.asarray(x, np.float64), 1) > dark, law, 0) if dark else law
+    return np.where(noise.bright(noise_model, x), noise_at(x, noise_model), 0)
 
 
 def probe(denoise, y, noise_model, generator, strength=0.1):
@@ -158,15 +153,19 @@ def probe(denoise, y, noise_model, generator, strength=0.1):
 
 
 def estimated_error(y, x, z, a, noise_model):
-    """Mean square error of a denoiser on one slice, without the clean image, from `probe`: (of x = f(y), of y itself).
+    """Mean square error of a denoiser on one slice, without the clean image, by `probe`: (of x, of y itself, share).
 
     Stein's unbiased risk estimate for noise of any covariance, by differences (Ramani et al. 2008), for any denoiser:
 
         |f(y) - y|^2 - s2 + 2 z a,   with s2 the variance of the noise
+
+    Dark magnitudes, where the noise is another, do not count; share: of the pixels that do.
     """
-    joint = any(noise_model.get("through", ()))
-    s2 = noise.local_variance(noise_model, gaussian_filter(y, 1.5) if joint else x, y).mean()
-    return np.square(x - y, dtype=np.float64).mean() - s2 + 2 * (z.astype(np.float64) * a).mean(), s2
+    joint, counts = any(noise_model.get("through", ())), noise.bright(noise_model, y)
+    counts |= not counts.any()
+    s2 = noise.local_variance(noise_model, gaussian_filter(y, 1.5) if joint else x, y)
+    error = np.square(x - y, dtype=np.float64) - s2 + 2 * z.astype(np.float64) * a
+    return error[counts].mean(), s2[counts].mean(), counts.mean()
 
 
 def estimate(denoise, noisy, noise_model, slices=24, seed=0):
@@ -190,7 +189,8 @@ def estimate_stacks(denoise, stacks, noise_model, seed=0):
         seen = probe(denoise, y, noise_model, runtime.step_rng(seed, k))
         found.append(estimated_error(*seen, noise_model))
         gains.append(np.log(noise.gain(noise_model, *(v[None] for v in seen))).ravel())
-    (mse, s2), spread = np.mean(found, 0), np.std(found, 0)[0] / max(len(found), 1) ** 0.5
+    mse, s2, _ = np.average(found, 0, weights=np.array(found)[:, 2])  # dark slices have little to say
+    spread = np.std(found, 0)[0] / len(found) ** 0.5
     mse, s2 = max(mse, 1e-3 * s2, 1e-12), max(s2, 1e-12)
     uneven = float(np.concatenate(gains).std())
     return dict(psnr=-10 * np.log10(mse), sd=4.34 * spread / mse, noisy=-10 * np.log10(s2), uneven=uneven)

@@ -24,7 +24,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from scipy.ndimage import uniform_filter
 from scipy.optimize import nnls
 
-from noise import REACH, make_noise_model, sample, variance
+from noise import DARK, REACH, make_noise_model, sample, variance
 
 FLATTEST = 0.02  # share of the blocks of like intensity that are measured
 
@@ -348,7 +348,7 @@ def measure(images, means=None, magnitude=False):
     """
     points, models = [], []
     images, air = without_air(images) if magnitude else (images, None)
-    dark = 1.8 * air[0] if air else 0.0  # from there on, the noise is nearly that of bright places
+    dark = DARK * air[0] if air else 0.0
     for guide in [None] if means is None else [None, means]:
         correlation = measure_correlation(images, guide)
         found = measure_levels(images, correlation, guide)

@@ -5,8 +5,7 @@
     gamma      x * g, g ~ Gamma(level, rate level), mean 1             100 (MRI), 500 (X-ray)
 
 Correlated noise of parameter s (0.5 or 1.2): one such noise field is blurred by a Gaussian of sigma s pixels and scaled
-back to the power it had; a second, independent field of the same kind is added, and the sum divided by sqrt(2).
-Nothing is clipped.
+back to the power it had; a second one is added, and the sum divided by sqrt(2). Nothing is clipped.
 
 A noise *model* is a plain dict:
 
@@ -27,7 +26,6 @@ to volume, `divide` makes it alike everywhere, so that every stage can learn; `m
     Out   knee.h5     volumes/<name>/clean and noisy (S,H,W) float32
 
     python noise.py add --data clean.h5 --kind gaussian --level 6/255 --seed 0 --out knee.h5
-    python noise.py add --data clean.h5 --kind poisson --level 200 --correlation 1.2 --seed 0 --out knee_poisson.h5
     python noise.py divide --data knee.h5 --map map.h5 --out even.h5               # map.h5: evaluate.py --noise-map-out
     python noise.py multiply --data even_out.h5 --map map.h5 --like knee.h5 --out knee_out.h5
 """
@@ -42,6 +40,7 @@ KINDS = ("gaussian", "poisson", "gamma")
 REACH = 6  # pixels: noise farther apart counts as independent
 ROOT = (3.936, -10.478, 13.704, -6.182)  # 3.936 u - 10.478 u^2 ... is sqrt(u) within 5 % for u from 0.1 to 1: `samples`
 BLOCK = 8  # pixels: side of the blocks in which `gain` looks at the noise
+DARK = 1.8  # times the mean of the air: from there on, the noise of magnitudes is nearly that of bright places
 SEEN = 0.065  # correlation between neighbours that a blind spot must not leave open
 
 
@@ -51,10 +50,8 @@ def white(x, kind, level, generator):
     Args: x (..., H, W), about [0,1]; kind, level: see the module; generator: numpy Generator.
     Raises ValueError for an unknown kind, a level that is not positive, or Poisson noise of negative intensities.
     """
-    if kind not in KINDS:
-        raise ValueError(f"noise kind {kind!r} is not one of {', '.join(KINDS)}")
-    if not level > 0:
-        raise ValueError(f"noise level {level:g} is not positive")
+    if kind not in KINDS or not level > 0:
+        raise ValueError(f"noise {kind!r} of level {level:g}: not one of {', '.join(KINDS)}, of a positive level")
     if kind == "gaussian":
         return generator.normal(0, level, x.shape)
     if kind == "gamma":
@@ -120,10 +117,16 @@ def law(noise_model):
 
 
 def variance(noise_model, x):
-    """Variance of the noise at clean intensity x: an array like x. Estimates of x below 0 count as 0."""
-    a, b, c = noise_model["variance"]
+    """Variance of the noise at clean intensity x >= 0, like x; that of magnitudes falls towards that of the air."""
+    (a, b, c), air = noise_model["variance"], noise_model.get("air")
     x = np.maximum(x, 0)
-    return a + b * x + c * x**2
+    s2 = a + b * x + c * x**2
+    return air[1] + np.clip((x / air[0] - 1) / (DARK - 1), 0, 1) * (s2 - air[1]) if air else s2
+
+
+def bright(noise_model, y):
+    """Where noisy images y (...,H,W) are not so dark that the noise of magnitudes is another than that of the model."""
+    return gaussian_filter(y, 1.5, axes=(-2, -1)) > (noise_model.get("dark") or -np.inf)
 
 
 def spectrum(noise_model, h, w):
@@ -160,8 +163,7 @@ def local_variance(noise_model, x, y=None):
     s2 = variance(noise_model, x)
     if y is None:
         return s2
-    sigma = [0] * (x.ndim - 2) + [4, 4]
-    energy = gaussian_filter(np.square(y), sigma) - np.square(gaussian_filter(y, sigma))
+    energy = gaussian_filter(np.square(y), 4, axes=(-2, -1)) - np.square(gaussian_filter(y, 4, axes=(-2, -1)))
     return np.where(energy < s2 / 2, np.maximum(energy, 0), s2)
 
 
@@ -208,9 +210,9 @@ def answer(noise_model, denoise, y, x, generators, strength=0.1):
 def deviation(noise_model, denoise, y, x, generators, probes=4, sigma=2.0):
     """Standard deviation of what is left unknown of the clean image at each pixel, (B,1,H,W), given x = denoise(y).
 
-    Second-order Tweedie (Manor & Michaeli 2024): for the posterior mean f, Cov(x | y) = C df/dy, with C the covariance
-    of the noise. Its diagonal is the mean of z a (`answer`), over some probes and a window of `sigma` pixels; it is
-    scaled so that its mean is Stein's estimate of the error, which holds for any f.
+    Second-order Tweedie (Manor & Michaeli 2024): for the posterior mean f, Cov(x | y) = C df/dy, C that of the noise.
+    Its diagonal is the mean of z a (`answer`), over some probes and a window of `sigma` pixels; it is scaled so that
+    its mean is Stein's estimate of the error, which holds for any f.
     """
     own, x_own = y[:, y.shape[1] // 2, None].numpy(), x.numpy()
     s2 = local_variance(noise_model, x_own, own)
@@ -256,13 +258,11 @@ def gain(noise_model, y, x, z, a, apart=None):
     """By what factor the noise around each block is stronger than the model says: smooth, about 1, (S,H/8,W/8).
 
     Args, all (S,H,W): y noisy; x = f(y), what a denoiser f makes of it; z fresh noise of the model, a the answer of f
-    to it (`answer`). apart: how many slices lie from one of these to the next, of one volume; None for images that
-    have nothing to do with each other.
+    to it (`answer`). apart: how many slices lie from one of these to the next; None if they have nothing in common.
 
-    Of noise z, f takes off z - a; of the image y it took off y - x. The ratio of their energies at high frequencies,
-    where structure seldom is, is the square of the gain. Its logarithm is averaged over about 1.5 blocks and 2 slices
-    around; blocks that stand out, where structure was taken off, count little. Blocks without noise, and dark ones of
-    magnitudes, take the gain of others.
+    Of noise z, f takes off z - a; of the image y it took off y - x. The ratio of their energies at high frequencies is
+    the square of the gain. Its logarithm is averaged over about 1.5 blocks and 2 slices around; blocks that stand out,
+    where structure was taken off, count little. Blocks without noise, and dark ones, take the gain of others.
     """
     s2, same = variance(noise_model, x), np.zeros(y.shape, bool)
     least = 0.02 * s2.mean() + 1e-12  # of the variance: dark places of Poisson noise tell nothing
@@ -330,8 +330,7 @@ def parse_noise_model(text):
         raise ValueError(f"--noise {text}: neither measured, nor one of {', '.join(KINDS)}:level, nor a file")
     try:
         found = json.loads(Path(text).read_text())
-        coefficients = np.array(found["variance"], float)
-        table = np.array(found["correlation"], float)
+        coefficients, table = (np.array(found[key], float) for key in ("variance", "correlation"))
         if coefficients.shape != (3,) or table.shape != (2 * REACH + 1,) * 2:
             raise ValueError(f"shapes {coefficients.shape} and {table.shape}")
         if not (0 <= coefficients).all() or not 0 < coefficients.sum() < np.inf:

@@ -51,10 +51,8 @@ def signal(mean, variance, air):
     """The signal A (H,W) of magnitude images of that mean and variance; air: their mean and variance without signal.
 
     The noise of coils makes dark places brighter. However many they are, E M^2 = A^2 + P with P the mean square
-    without signal (Koay & Basser 2006 for one). variance is that of bright places; towards the air it falls.
+    without signal (Koay & Basser 2006 for one).
     """
-    share = np.clip((mean / air[0] - 1) / 0.8, 0, 1)
-    variance = air[1] + share * (variance - air[1])
     return np.sqrt(np.maximum(np.square(mean) + variance - air[0] ** 2 - air[1], 0))
 
 

@@ -85,14 +85,14 @@ def random_crops(stacks, batch, size, rng, rank=0, world=1, contexts=None):
     return [torch.from_numpy(crops) for crops in out]
 
 
-def mean_over_symmetries(function, y):
-    """Mean of function(y) over the eight flips and quarter turns of y (B,C,H,W), each undone; (B,n,H,W)."""
+def mean_over_symmetries(function, y, turns=True):
+    """Mean of function(y) over the flips and, with `turns`, quarter turns of y (B,C,H,W), each undone; (B,n,H,W)."""
     total = 0
-    for turned in (y, y.transpose(2, 3)):
+    for turned in (y, y.transpose(2, 3))[: 1 + turns]:
         for flips in ((), (2,), (3,), (2, 3)):
             out = function(turned.flip(flips)).flip(flips)
             total = total + (out if turned is y else out.transpose(2, 3))
-    return total / 8
+    return total / (8 if turns else 4)
 
 
 def rms_difference(a, b):

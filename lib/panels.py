@@ -186,7 +186,7 @@ def plot(panels, width=6.4, height=2.3):
     table (of correlations) or map."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=72)
+    figure = Figure(figsize=(width, height), dpi=72, layout="none")
     bottom, top = 0.55 / height, 1 - 0.3 / height  # a fixed layout: finding one takes as long as all the rest
     figure.subplots_adjust(0.09, bottom, 0.98, top, wspace=0.28)
     for ax, panel in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels):

@@ -123,7 +123,8 @@ def test_signal_of_magnitudes():
         parts[0] += signal
         magnitude = np.sqrt(np.square(parts).sum(0))
         mean, air = magnitude.mean(1), (magnitude[0].mean(), magnitude[0].var())
-        found = posterior.signal(mean, np.full(6, s**2), air)
+        law = noise.known("gaussian", s) | dict(air=air)
+        found = posterior.signal(mean, noise.variance(law, mean), air)
         assert found[0] < 0.15 * s and np.abs(found[3:] - signal[3:, 0]).max() < 0.15 * s
         assert (np.abs(found - signal[:, 0]) < 0.5 * np.maximum(mean - signal[:, 0], 0.1 * s)).all()
 

@@ -67,13 +67,13 @@ def test_estimated_error_is_the_true_one(kind, level, blur, through):
         return 0.5 * smooth[:, 1:2] + 0.25 * (v[:, :1] + v[:, 2:])
 
     true = np.square(linear(y)[0, 0].numpy() - x[1]).mean()
-    found, s2 = evaluate.estimated_error(*evaluate.probe(linear, y, model, rng), model)
+    found, s2, _ = evaluate.estimated_error(*evaluate.probe(linear, y, model, rng), model)
     assert abs(found / true - 1) < 0.08 and abs(s2 / np.square(y[0, 1].numpy() - x[1]).mean() - 1) < 0.08
-    same, s2 = evaluate.estimated_error(*evaluate.probe(lambda v: v[:, 1:2], y, model, rng), model)
+    same, s2, _ = evaluate.estimated_error(*evaluate.probe(lambda v: v[:, 1:2], y, model, rng), model)
     assert abs(same / s2 - 1) < 0.04
     if through:  # ignored, the noise that goes through the slices would pass for structure
         model = model | dict(through=[0.0, 0.0])
-        wrong, _ = evaluate.estimated_error(*evaluate.probe(linear, y, model, rng), model)
+        wrong, *_ = evaluate.estimated_error(*evaluate.probe(linear, y, model, rng), model)
         assert wrong < found * 0.9
 
 
