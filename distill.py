@@ -278,7 +278,7 @@ def load_noise_model(args, checkpoint):
         raise ValueError(f"--strength {args.strength:g} is not positive")
     known = checkpoint and checkpoint["extra"]["noise"]
     known = known or measure.load_noise_model(args.noise or "measured", args.data, args.pred)
-    runtime.print_once(f"distill: {noise.summary(known)}")
+    runtime.print_once(f"distill: {measure.summary(known)}")
     return known
 
 

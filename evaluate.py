@@ -272,7 +272,7 @@ def report_tools(noise_model, denoise=None):
         spectra=lambda r, noisy: residual.spectra(r, noisy, noise.spectrum(known, *r.shape)),
         deviation=lambda x: np.sqrt(noise.variance(known, x)),
         correlation=np.asarray(known["correlation"]),
-        law=noise.summary(known),
+        law=measure.summary(known),
     )
 
 

@@ -15,104 +15,18 @@ Every `--noise` of the other programs is read here (`load_noise_model`): measure
 """
 
 # ---------------------------------------------------------------------------------------------------------------
-# core: needs the core of noise.py, numpy and scipy; paste it below that
+# core: needs the core of noise.py, lib/blocks.py, numpy and scipy; paste it below these
 # ---------------------------------------------------------------------------------------------------------------
 import itertools
 
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
-from scipy.ndimage import uniform_filter
+from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.optimize import nnls
 
+from lib.blocks import alike_all_over, bins, expected, flattest, halves, in_blocks, periodogram, usable, waves
 from noise import DARK, REACH, make_noise_model, sample, variance
 
 FLATTEST = 0.02  # share of the blocks of like intensity that are measured
-
-
-def in_blocks(images, side):
-    """All side x side blocks of images [(H,W)], half overlapping, (n,side,side) float64."""
-    return np.concatenate(
-        [sliding_window_view(x, (side, side))[:: side // 2, :: side // 2].reshape(-1, side, side) for x in images]
-    ).astype(np.float64)
-
-
-def plane(side):
-    """Orthonormal basis (3, side * side) of the planes over a block."""
-    ramp = np.arange(side) - (side - 1) / 2
-    ramp, flat = ramp / np.linalg.norm(ramp), np.ones(side) / side**0.5
-    return np.stack([np.outer(flat, flat), np.outer(ramp, flat), np.outer(flat, ramp)]).reshape(3, -1)
-
-
-def waves(blocks):
-    """DFT of blocks freed of their plane, (n,side,side) complex, of unit power for white noise of unit variance."""
-    side, basis = blocks.shape[-1], plane(blocks.shape[-1])
-    flat = blocks.reshape(len(blocks), -1)
-    flat = flat - (flat @ basis.T) @ basis
-    return np.fft.fft2(flat.reshape(blocks.shape)) / side
-
-
-def periodogram(blocks):
-    """Power at each frequency of blocks freed of their plane, (n,side,side); of white noise: its variance."""
-    return (np.abs(waves(blocks)) ** 2).astype(np.float32)
-
-
-def expected(correlation, side):
-    """What `periodogram` gives on average for noise of unit variance and this correlation: exact, (side,side)."""
-    i = np.arange(side)
-    table = np.zeros((4 * max(side, REACH) + 1,) * 2)
-    middle, reach = len(table) // 2, len(correlation) // 2
-    table[middle - reach : middle + reach + 1, middle - reach : middle + reach + 1] = correlation
-    apart = middle + i[:, None] - i[None]
-    covariance = table[apart[:, None, :, None], apart[None, :, None, :]].reshape(side**2, side**2)
-    free = np.eye(side**2) - plane(side).T @ plane(side)
-    wave = np.exp(-2j * np.pi * np.outer(i, i) / side)
-    wave = np.einsum("ka,lb->klab", wave, wave).reshape(side**2, side**2) @ free
-    return np.einsum("kj,kj->k", wave @ covariance, wave.conj()).real.reshape(side, side) / side**2
-
-
-def halves(side):
-    """(frequency in cycles per pixel, the half with row + column even), both (side,side)."""
-    k = np.minimum(np.arange(side), side - np.arange(side)) / side
-    return np.hypot(k[:, None], k), np.add.outer(np.arange(side), np.arange(side)) % 2 == 0
-
-
-def flattest(power, structure, among, count):
-    """Mean of `power` over the `count` flattest blocks; each half of the frequencies chosen by the other.
-
-    power, structure: (n,side,side); `structure` tells how flat a block is, at the frequencies `among` (side,side).
-    """
-    _, even = halves(power.shape[-1])
-    out = np.zeros(power.shape[1:])
-    for own in (even, ~even):
-        order = np.argsort(structure[:, among & own].sum(1))[:count]
-        out = np.where(own, out, power[order].mean(0))
-    return out
-
-
-def alike_all_over(blocks):
-    """Whether the noise (2x2 checker differences) is about as strong in each quarter of a block, (n,) bool."""
-    half = blocks.shape[-1] // 2 - 1
-    checker = np.square(blocks[:, 1:, 1:] - blocks[:, 1:, :-1] - blocks[:, :-1, 1:] + blocks[:, :-1, :-1])
-    ends = slice(0, half), slice(-half, None)
-    quarters = np.stack([checker[:, a, b].mean((1, 2)) for a in ends for b in ends])
-    return quarters.max(0) < 3 * quarters.min(0)
-
-
-def usable(blocks):
-    """Blocks without a constant area: masked, saturated or photon-free pixels carry no noise to measure. (n,) bool"""
-    if not len(blocks):
-        return np.zeros(0, bool)
-    flat, corner = blocks.reshape(len(blocks), -1), blocks[:, :-1, :-1]
-    same = (blocks[:, 1:, 1:] == corner) & (blocks[:, 1:, :-1] == corner) & (blocks[:, :-1, 1:] == corner)
-    extreme = np.maximum(*((flat == m[:, None]).mean(1) for m in (flat.min(1), flat.max(1))))
-    return (extreme < 0.3) & (same.mean((1, 2)) < 0.15)
-
-
-def bins(x, most):
-    """Which equal step of intensity each x belongs to, of at most `most`; the outermost 0.1 % are put to the ends."""
-    low, high = np.quantile(x, [0.001, 0.999]) if len(x) else (0, 1)
-    count = max(1, min(most, len(x) // 150))
-    return np.clip((x - low) / max(high - low, 1e-12) * count, 0, count - 1).astype(int)
 
 
 def shape(power, structure, bin_of, weight):
@@ -339,6 +253,28 @@ def without_air(images):
     return [np.where(a, 0, image) for a, image in zip(air, images)], list(map(float, typical))
 
 
+def band(images, dark=0.0):
+    """[rows, columns]: the highest frequency along each axis that images [(H,W)] hold, cycles per pixel; 0.5 for all.
+
+    Zero-filled lines of k-space hold neither image nor noise: there the power falls at once. To draw noise there would
+    be wrong, and a network that learns by recorruption would find it out. dark: of the noise model, not looked at.
+    """
+    found = []
+    for axis in (0, 1):
+        power, grid = 0, np.linspace(0, 0.5, 129)
+        for image in images:
+            weight = gaussian_filter((gaussian_filter(image, 3) > dark).astype(np.float64), 4)
+            lines = np.square(np.abs(np.fft.rfft((image - gaussian_filter(image, 1)) * weight, axis=axis))).mean(
+                1 - axis
+            )
+            power = power + np.interp(grid, np.linspace(0, 0.5, len(lines)), lines)
+        fall = np.maximum(power[46:-4], 1e-30) / np.maximum(power[50:], 1e-30)
+        k = 48 + int(fall.argmax())
+        empty = fall.max() > 4 and power[k + 2 :].max() < 0.25 * power[k - 8 : k - 2].min()
+        found.append(float(grid[k]) if empty else 0.5)
+    return found
+
+
 def measure(images, means=None, magnitude=False):
     """The noise model of images [(H,W)], from them alone, or better with predictions `means` of the same shapes.
 
@@ -347,7 +283,7 @@ def measure(images, means=None, magnitude=False):
     dark places are left out. Raises ValueError if they are too small or too few.
     """
     points, models = [], []
-    images, air = without_air(images) if magnitude else (images, None)
+    whole, (images, air) = images, without_air(images) if magnitude else (images, None)
     dark = DARK * air[0] if air else 0.0
     for guide in [None] if means is None else [None, means]:
         correlation = measure_correlation(images, guide)
@@ -357,7 +293,8 @@ def measure(images, means=None, magnitude=False):
         models.append(make_noise_model(fit_levels(*found), correlation))
     quieter = min(models, key=lambda model: np.mean([variance(model, image).mean() for image in images]))
     level = fit_levels(*np.concatenate(points, 1))
-    return quieter | dict(variance=level.tolist(), air=air, dark=max(dark, 3 * level[0] ** 0.5) if magnitude else 0.0)
+    dark = max(dark, 3 * level[0] ** 0.5) if magnitude else 0.0
+    return quieter | dict(variance=level.tolist(), air=air, dark=dark, band=band(whole, dark or -np.inf))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -375,6 +312,28 @@ NOISE_HELP = (
 )
 PIXELS = 4_000_000  # as many as measuring looks at, evenly spread over all slices
 INDEPENDENT = 0.1  # correlation through the slices up to which they count as independent: it is known to about 0.05
+
+
+def summary(noise_model):
+    """What a noise model says, in three or four lines."""
+    table, (a, b, c) = np.array(noise_model["correlation"]), noise_model["variance"]
+
+    def at(dy, dx):
+        return f"{table[noise.REACH + dy, noise.REACH + dx]:+.3f}"
+
+    erased = "stored as JPEG, which erases noise where images are flat: the level is too low, and no model holds\n"
+    varies = "not alike everywhere: of images divided by a map of it\n" if noise_model.get("varies") else ""
+    ends = noise_model.get("band", [0.5])
+    filled = f"no noise beyond {ends} cycles per pixel along rows and columns: zero-filled\n" if min(ends) < 0.5 else ""
+    through = " ".join("unknown" if r is None else f"{r:+.3f}" for r in noise_model.get("through", [None, None]))
+    return (
+        f"{noise.law(noise_model)}: variance {a:.3g} + {b:.3g} x + {c:.3g} x^2 at intensity x; standard deviation "
+        f"{a**0.5:.4f} at 0, {(a + b / 2 + c / 4) ** 0.5:.4f} at 0.5, {(a + b + c) ** 0.5:.4f} at 1\n"
+        f"correlation with the pixel 1, 2, 3 along the rows {' '.join(at(0, k) for k in (1, 2, 3))}, "
+        f"the columns {' '.join(at(k, 0) for k in (1, 2, 3))}, the diagonals {at(1, 1)} {at(1, -1)}\n"
+        f"correlation one and two slices away {through}\n"
+        f"{varies}{filled}{erased if noise_model['compressed'] else ''}blind spot to use: {noise_model['blind_spot']}"
+    )
 
 
 def measure_file(path, pred=None):
@@ -440,7 +399,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     runtime.check_outputs([args.data, args.pred], [args.out] if args.out else [])
     noise_model = measure_file(args.data, args.pred)
-    print(noise.summary(noise_model))
+    print(summary(noise_model))
     if args.out:
         with runtime.atomic_write(args.out) as temporary:
             temporary.write_text(json.dumps(noise_model) + "\n")

@@ -16,6 +16,7 @@ A noise *model* is a plain dict:
     compressed   whether the images were stored as JPEG, which no such model describes
     dark         intensity below which this is not the noise of magnitude images (Rician, chi), 0 for others
     air          [mean, variance] of magnitude images where there is no signal, or None
+    band         [rows, columns]: cycles per pixel beyond which there is no noise (zero-filled lines), 0.5 for none
     varies       whether its level differs from place to place: the model then describes images that were divided by a
                  smooth map, `gain`
 
@@ -50,8 +51,10 @@ def white(x, kind, level, generator):
     Args: x (..., H, W), about [0,1]; kind, level: see the module; generator: numpy Generator.
     Raises ValueError for an unknown kind, a level that is not positive, or Poisson noise of negative intensities.
     """
-    if kind not in KINDS or not level > 0:
-        raise ValueError(f"noise {kind!r} of level {level:g}: not one of {', '.join(KINDS)}, of a positive level")
+    if kind not in KINDS:
+        raise ValueError(f"noise kind {kind!r} is not one of {', '.join(KINDS)}")
+    if not level > 0:
+        raise ValueError(f"noise level {level:g} is not positive")
     if kind == "gaussian":
         return generator.normal(0, level, x.shape)
     if kind == "gamma":
@@ -90,7 +93,9 @@ def known(kind, level, correlation=0):
     return make_noise_model([power * (k == KINDS.index(kind)) for k in range(3)], inner)
 
 
-def make_noise_model(variance, correlation, compressed=False, through=(0.0, 0.0), dark=0.0, air=None, varies=False):
+def make_noise_model(
+    variance, correlation, compressed=False, through=(0.0, 0.0), dark=0.0, air=None, band=(0.5, 0.5), varies=False
+):
     """A noise model from its numbers; adds the blind spot that hides the correlated neighbours of a pixel.
 
     variance: [a, b, c]. correlation: (13,13). through: correlation one and two slices away. The others: see the module.
@@ -106,6 +111,7 @@ def make_noise_model(variance, correlation, compressed=False, through=(0.0, 0.0)
         compressed=bool(compressed),
         dark=round(float(dark), 5),
         air=air and [float(v) for v in air],
+        band=[float(v) for v in band],
         varies=bool(varies),
     )
 
@@ -136,6 +142,8 @@ def spectrum(noise_model, h, w):
     inner = np.asarray(noise_model["correlation"])[tuple(slice(REACH - r, REACH + r + 1) for r in reach)]
     table[np.ix_(*(np.arange(-r, r + 1) for r in reach))] = inner
     power = np.maximum(np.fft.fft2(table).real, 0)
+    rows, columns = (np.abs(np.fft.fftfreq(n)) <= end for n, end in zip((h, w), noise_model.get("band", (0.5, 0.5))))
+    power *= rows[:, None] & columns
     return power / power.mean()
 
 
@@ -176,7 +184,7 @@ def sample(noise_model, x, generator, y=None):
     n = generator.standard_normal(x.shape, dtype=np.float32)
     if x.ndim == 3 and any(noise_model.get("through", ())):
         n = mix_through(n, noise_model["through"])
-    if np.count_nonzero(noise_model["correlation"]) > 1:
+    if np.count_nonzero(noise_model["correlation"]) > 1 or min(noise_model.get("band", [0.5])) < 0.5:
         n = np.fft.ifft2(np.fft.fft2(n) * np.sqrt(spectrum(noise_model, *x.shape[-2:]))).real
     return (n * np.sqrt(local_variance(noise_model, x, y))).astype(np.float32)
 
@@ -341,29 +349,9 @@ def parse_noise_model(text):
         if len(through) != 2 or any(r is not None and not abs(r) <= 1 for r in through):
             raise ValueError(f"through {through}")
         flags = {name: found.get(name, False) for name in ("compressed", "dark", "air", "varies")}
-        return make_noise_model(coefficients, table, through=through, **flags)
+        return make_noise_model(coefficients, table, through=through, band=found.get("band", (0.5, 0.5)), **flags)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{text} is not a noise model of measure.py: {error!r}") from None
-
-
-def summary(noise_model):
-    """What a noise model says, in three or four lines."""
-    table, (a, b, c) = np.array(noise_model["correlation"]), noise_model["variance"]
-
-    def at(dy, dx):
-        return f"{table[REACH + dy, REACH + dx]:+.3f}"
-
-    erased = "stored as JPEG, which erases noise where images are flat: the level is too low, and no model holds\n"
-    varies = "not alike everywhere: of images divided by a map of it\n" if noise_model.get("varies") else ""
-    through = " ".join("unknown" if r is None else f"{r:+.3f}" for r in noise_model.get("through", [None, None]))
-    return (
-        f"{law(noise_model)}: variance {a:.3g} + {b:.3g} x + {c:.3g} x^2 at intensity x; standard deviation "
-        f"{a**0.5:.4f} at 0, {(a + b / 2 + c / 4) ** 0.5:.4f} at 0.5, {(a + b + c) ** 0.5:.4f} at 1\n"
-        f"correlation with the pixel 1, 2, 3 along the rows {' '.join(at(0, k) for k in (1, 2, 3))}, "
-        f"the columns {' '.join(at(k, 0) for k in (1, 2, 3))}, the diagonals {at(1, 1)} {at(1, -1)}\n"
-        f"correlation one and two slices away {through}\n"
-        f"{varies}{erased if noise_model['compressed'] else ''}blind spot to use: {noise_model['blind_spot']}"
-    )
 
 
 def add_to_file(args):

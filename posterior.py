@@ -137,7 +137,7 @@ def predict(args):
     noisy, means = data.read_volumes(args.data), data.read_matching(args.pred, args.data)
     spread = data.read_matching(args.pred, args.data, "std") if args.variance in ("predicted", "spread") else None
     noise_model = measure.load_noise_model(args.noise, args.data, args.pred)
-    print(noise.summary(noise_model), flush=True)
+    print(measure.summary(noise_model), flush=True)
 
     def estimate_tile(stack):  # what `estimate` looks at lies within 32 pixels: large slices go in tiles
         y, mu, *deviation = stack[0].numpy()

@@ -36,6 +36,7 @@ import numpy as np
 from scipy.special import gammaln, hyp1f1
 
 import data
+import measure
 import noise
 from lib import files, runtime
 
@@ -364,7 +365,7 @@ def main(argv=None):
     with runtime.atomic_write(folder / "noise.json") as temporary:
         temporary.write_text(json.dumps(model) + "\n")
     count = len(images) * args.repetitions
-    print(f"scanner: {count} files -> {folder}; in the head {noise.summary(model)}", flush=True)
+    print(f"scanner: {count} files -> {folder}; in the head {measure.summary(model)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -142,3 +142,19 @@ def test_jpeg_is_told_from_images_that_never_were(tmp_path):
         assert measure.measure_file(tmp_path / name)["compressed"] is said
     for factor in (4 / 3, 1.6, 2):  # interpolated images have a rhythm of their own
         assert jpeg.jump([zoom(x, factor, order=1) for x in images]) < 1.1
+
+
+def test_zero_filled_lines_have_no_noise():
+    """Where k-space was filled with zeros there is none to draw; blurred noise and images that were not filled have all."""
+    rng, images = np.random.default_rng(0), []
+    for x in phantom(4):
+        k = np.fft.fft2(x + rng.normal(0, 6 / 255, x.shape))
+        k[:, 72:120] = 0
+        images.append(np.fft.ifft2(k).real.astype(np.float32))
+    assert measure.band(images) == pytest.approx([0.5, 0.375], abs=0.012)
+    for blur in (0, 0.5, 1.2):
+        assert measure.band([noise.add(x, "gaussian", 6 / 255, blur, rng) for x in phantom(4)]) == [0.5, 0.5]
+    law = noise.known("gaussian", 0.1) | dict(band=[0.5, 0.375])
+    power = np.abs(np.fft.fft2(noise.sample(law, np.zeros((40, 96, 96), np.float32), rng))).mean((0, 1))
+    assert power[37:60].max() < 1e-3 * power[:36].min()
+    assert noise.sample(law, np.zeros((40, 96, 96), np.float32), rng).std() == pytest.approx(0.1, rel=0.02)

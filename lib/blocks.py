@@ -1,0 +1,90 @@
+"""Square blocks of images, freed of their plane, and their spectra: where noise is looked for."""
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+
+def in_blocks(images, side):
+    """All side x side blocks of images [(H,W)], half overlapping, (n,side,side) float64."""
+    return np.concatenate(
+        [sliding_window_view(x, (side, side))[:: side // 2, :: side // 2].reshape(-1, side, side) for x in images]
+    ).astype(np.float64)
+
+
+def plane(side):
+    """Orthonormal basis (3, side * side) of the planes over a block."""
+    ramp = np.arange(side) - (side - 1) / 2
+    ramp, flat = ramp / np.linalg.norm(ramp), np.ones(side) / side**0.5
+    return np.stack([np.outer(flat, flat), np.outer(ramp, flat), np.outer(flat, ramp)]).reshape(3, -1)
+
+
+def waves(blocks):
+    """DFT of blocks freed of their plane, (n,side,side) complex, of unit power for white noise of unit variance."""
+    side, basis = blocks.shape[-1], plane(blocks.shape[-1])
+    flat = blocks.reshape(len(blocks), -1)
+    flat = flat - (flat @ basis.T) @ basis
+    return np.fft.fft2(flat.reshape(blocks.shape)) / side
+
+
+def periodogram(blocks):
+    """Power at each frequency of blocks freed of their plane, (n,side,side); of white noise: its variance."""
+    return (np.abs(waves(blocks)) ** 2).astype(np.float32)
+
+
+def expected(correlation, side):
+    """What `periodogram` gives on average for noise of unit variance and this correlation: exact, (side,side)."""
+    i = np.arange(side)
+    table = np.zeros((4 * max(side, len(correlation) // 2) + 1,) * 2)
+    middle, reach = len(table) // 2, len(correlation) // 2
+    table[middle - reach : middle + reach + 1, middle - reach : middle + reach + 1] = correlation
+    apart = middle + i[:, None] - i[None]
+    covariance = table[apart[:, None, :, None], apart[None, :, None, :]].reshape(side**2, side**2)
+    free = np.eye(side**2) - plane(side).T @ plane(side)
+    wave = np.exp(-2j * np.pi * np.outer(i, i) / side)
+    wave = np.einsum("ka,lb->klab", wave, wave).reshape(side**2, side**2) @ free
+    return np.einsum("kj,kj->k", wave @ covariance, wave.conj()).real.reshape(side, side) / side**2
+
+
+def halves(side):
+    """(frequency in cycles per pixel, the half with row + column even), both (side,side)."""
+    k = np.minimum(np.arange(side), side - np.arange(side)) / side
+    return np.hypot(k[:, None], k), np.add.outer(np.arange(side), np.arange(side)) % 2 == 0
+
+
+def flattest(power, structure, among, count):
+    """Mean of `power` over the `count` flattest blocks; each half of the frequencies chosen by the other.
+
+    power, structure: (n,side,side); `structure` tells how flat a block is, at the frequencies `among` (side,side).
+    """
+    _, even = halves(power.shape[-1])
+    out = np.zeros(power.shape[1:])
+    for own in (even, ~even):
+        order = np.argsort(structure[:, among & own].sum(1))[:count]
+        out = np.where(own, out, power[order].mean(0))
+    return out
+
+
+def alike_all_over(blocks):
+    """Whether the noise (2x2 checker differences) is about as strong in each quarter of a block, (n,) bool."""
+    half = blocks.shape[-1] // 2 - 1
+    checker = np.square(blocks[:, 1:, 1:] - blocks[:, 1:, :-1] - blocks[:, :-1, 1:] + blocks[:, :-1, :-1])
+    ends = slice(0, half), slice(-half, None)
+    quarters = np.stack([checker[:, a, b].mean((1, 2)) for a in ends for b in ends])
+    return quarters.max(0) < 3 * quarters.min(0)
+
+
+def usable(blocks):
+    """Blocks without a constant area: masked, saturated or photon-free pixels carry no noise to measure. (n,) bool"""
+    if not len(blocks):
+        return np.zeros(0, bool)
+    flat, corner = blocks.reshape(len(blocks), -1), blocks[:, :-1, :-1]
+    same = (blocks[:, 1:, 1:] == corner) & (blocks[:, 1:, :-1] == corner) & (blocks[:, :-1, 1:] == corner)
+    extreme = np.maximum(*((flat == m[:, None]).mean(1) for m in (flat.min(1), flat.max(1))))
+    return (extreme < 0.3) & (same.mean((1, 2)) < 0.15)
+
+
+def bins(x, most):
+    """Which equal step of intensity each x belongs to, of at most `most`; the outermost 0.1 % are put to the ends."""
+    low, high = np.quantile(x, [0.001, 0.999]) if len(x) else (0, 1)
+    count = max(1, min(most, len(x) // 150))
+    return np.clip((x - low) / max(high - low, 1e-12) * count, 0, count - 1).astype(int)
