@@ -141,6 +141,11 @@ def even_out(stages, first):
 
     first: name of the student with whose help that is seen, on eight slices. Returns whether it was so.
     """
+    given = getattr(stages.args, "noise_map", None)
+    if given:
+        made = functools.partial(write_given_map, stages)
+        stages.once(made, [given, files.digest([given])], "map.h5", "# map.h5: --noise-map")
+        return divide(stages)
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", stages.path(stages.noise_file)]
     flags += ["--model", f"shipped={stages.path(first)}.pt"]
     seen = estimate(stages, [*flags, "--slices", 8], "first.json")
@@ -149,10 +154,42 @@ def even_out(stages, first):
     estimate(stages, [*flags, "--slices", 8, "--noise-map-out", stages.path("map.h5")], "map.json")
     if all(np.ptp(np.asarray(gain)) == 0 for gain in data.read_volumes(stages.path("map.h5"), "gain").values()):
         return False
+    return divide(stages)
+
+
+def divide(stages):
+    """From here on, the stages see images that are divided by map.h5. Returns True."""
     even = stages.run(noise, "divide", *stages.data, "--map", stages.path("map.h5"), out="even.h5")
     stages.data = ["--data", stages.path(even)]
     print("denoise: the noise is stronger in some places than in others: from here on, images are divided by its map")
     return True
+
+
+def given_map(path):
+    """`noise_map` of lib/apply.py, (S,H,W) to blocks (S,H/8,W/8), from an image of the noise's deviation."""
+    volume = next(files.read_sources([path])[0])
+    sigma = np.nan_to_num(volume.slices.astype(np.float32), posinf=0, neginf=0)
+    if not sigma.max() > 0:
+        raise ValueError(f"--noise-map {path}: no deviation is above 0")
+    blocks = noise.in_squares(np.where(sigma > 0, sigma / sigma[sigma > 0].mean(), 1))
+
+    def gains(images):
+        if images.shape != sigma.shape:
+            shapes = ("x".join(map(str, a.shape)) for a in (sigma, images))
+            raise ValueError("--noise-map {} is {}, the images are {}".format(path, *shapes))
+        return blocks
+
+    return gains
+
+
+def write_given_map(stages, argv):
+    """Writes map.h5, `gain` of every volume, from the image argv[0]."""
+    gains, noisy = given_map(argv[0]), data.read_volumes(stages.data[1])
+    with data.write_volumes(stages.path("map.h5"), "prediction", "denoise", {}, like=stages.data[1]) as add:
+        for name, volume in noisy.items():
+            (kept,) = add(name, volume.shape, ["gain"])
+            for s, blocks in enumerate(gains(volume)):
+                kept[s] = data.enlarge(blocks, volume.shape[1:])
 
 
 def shipped(stages):
@@ -293,6 +330,8 @@ def denoise_files(args, held):
     sides = [name for name, asked in dict(std=std, removed=args.removed, noise=args.noise_map_out).items() if asked]
     jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, sides, args.bids, share)
     held.enter_context(record.lock(work, share))
+    if args.noise_map:
+        given_map(args.noise_map)  # refused before anything is done
     if not args.model:
         stages, recipe = train_on_files(args, jobs, work, problems)
         if recipe == "paper":
@@ -306,6 +345,8 @@ def denoise_files(args, held):
     if args.bias_correct and not (law and law.get("air")):
         raise ValueError("--bias-correct: the noise model knows no air: no magnitude images, or none without signal")
     evaluate.equip(student, law, args.noise_map_out, args.bias_correct)
+    if args.noise_map:
+        student.noise_map = given_map(args.noise_map)
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}"
     method += ", bias corrected" if args.bias_correct else ""
     told = dict(Method=method, Parameters={"Ensemble": options[-1]}, NoiseModel=student.noise_model)
@@ -344,9 +385,8 @@ def main(argv=None):
     p.add_argument("--std", action="store_true", help="write the uncertainty beside each file, as <name>_std")
     p.add_argument("--bias-correct", action="store_true", help="magnitude images: take off what noise adds where dark")
     p.add_argument("--removed", action="store_true", help="write noisy - denoised beside each file, as <name>_removed")
-    p.add_argument(
-        "--noise-map-out", action="store_true", help="write the noise's deviation beside it, as <name>_noise"
-    )
+    p.add_argument("--noise-map", metavar="FILE", help="image of the noise's deviation, instead of a measured map")
+    p.add_argument("--noise-map-out", action="store_true", help="write the noise's deviation, as <name>_noise")
     p.add_argument("--bids", action="store_true", help="BIDS in, BIDS derivatives out: names, JSON files")
     p.add_argument("--share", metavar="K/N", help="denoise only the K-th of N shares of the files; needs --model")
     p.add_argument("--json", action="store_true", help="print a line of JSON for each file, and all else to stderr")
@@ -358,13 +398,15 @@ def main(argv=None):
     args = p.parse_args(argv)
     if bool(args.inputs) + bool(args.data) + args.demo != 1:
         raise ValueError("give image files or folders, or --data, or --demo")
-    named = ["model", "std", "removed", "noise_map_out", "bias_correct", "bids", "share", "json", "with_names"]
-    named += ["force", "key", "acquisition"]
+    named = ["model", "std", "removed", "noise_map", "noise_map_out", "bias_correct", "bids", "share", "json"]
+    named += ["with_names", "force", "key", "acquisition"]
     given = [f"--{name}".replace("_", "-") for name in named if getattr(args, name)]
     if given and not args.inputs:
         raise ValueError(f"{', '.join(given)}: these are for image files alone")
     if args.instant and (args.model or args.recipe not in ("auto", "tuned")):
         raise ValueError("--instant is for the recipe tuned, without --model")
+    if args.noise_map and args.recipe not in ("auto", "tuned"):
+        raise ValueError("--noise-map is for the recipe tuned")
     if not args.effort > 0:
         raise ValueError(f"--effort {args.effort:g} is not positive")
     args.out = args.out or ("demo" if args.demo else "denoised")

@@ -145,7 +145,7 @@ def test_jpeg_is_told_from_images_that_never_were(tmp_path):
 
 
 def test_zero_filled_lines_have_no_noise():
-    """Where k-space was filled with zeros there is none to draw; blurred noise and images that were not filled have all."""
+    """Where k-space was filled with zeros there is none to draw; blurred noise is not taken for it."""
     rng, images = np.random.default_rng(0), []
     for x in phantom(4):
         k = np.fft.fft2(x + rng.normal(0, 6 / 255, x.shape))

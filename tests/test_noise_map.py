@@ -150,3 +150,20 @@ def test_bias_correct_and_map_of_files(tmp_path):
     np.save(tmp_path / "in/a.npy", (x + rng.normal(0, s, x.shape)).astype(np.float32))
     refused = run("denoise", *flags, "no", "--bias-correct", cwd=tmp_path)
     assert refused.returncode == 2 and "--bias-correct: the noise model knows no air" in refused.stderr
+
+
+def test_given_map(tmp_path):
+    """A map from elsewhere is as good as the true one; of another shape, or of nothing, it is refused in one line."""
+    x, y, g = uneven()
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in/a.npy", y)
+    for name, image in (("sigma", 50 * g), ("other", g[:, :60]), ("none", 0 * g)):
+        np.save(tmp_path / f"{name}.npy", image)
+    ok("denoise", *"in --instant --out plain".split(), cwd=tmp_path)
+    done = ok("denoise", *"in --instant --noise-map sigma.npy --out given".split(), cwd=tmp_path)
+    assert "images are divided by its map" in done.stdout
+    plain, given = (np.square(np.load(tmp_path / name / "a.npy") - x).mean() for name in ("plain", "given"))
+    assert given < 1.05 * plain
+    for name, says in (("other", "6x60x136, the images are 6x120x136"), ("none", "no deviation is above 0")):
+        refused = run("denoise", *f"in --instant --noise-map {name}.npy --out no".split(), cwd=tmp_path)
+        assert refused.returncode == 2 and says in refused.stderr and refused.stderr.count("\n") == 1
