@@ -101,7 +101,7 @@ class Cell(Stages):
             level = reproduce_data.LEVELS[self.dataset][self.kind]
             flags = ["--data", self.clean, "--kind", self.kind, "--level", level, "--correlation", self.correlation]
             self.run(noise, "add", *flags, out="noisy.h5")
-        self.measured_spot = self.measure_noise("noise_first.json")["blind_spot"]
+        self.measured_spot = denoise.measure_noise(self, "noise_first.json")["blind_spot"]
         self.spot = {0: 1, 0.5: 5, 1.2: 9}[self.correlation] if self.kind else self.measured_spot  # Sec. 4.2
 
     def train_blind_spot(self, arch, name, *flags):
