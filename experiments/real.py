@@ -12,7 +12,7 @@ Methods (--methods; all trainings have --steps):
     nlm bm3d                   told the true mean level, and BM3D the true correlation; no training
     nei2nei paper              Neighbor2Neighbor; the paper's recipe
     instant tuned              denoise.py --instant, denoise.py: the noise, and its map, measured
-    instant_told tuned_told    the same, told the noise and its map
+    instant_told tuned_told    the same, told the noise and its map; `corrected`: with --bias-correct, as measured
     supervised2                a student trained on the images without noise
 
 NAME+ is the mean over the eight symmetries, which `tuned` has in any case. Scores (`scores`), PSNR in dB of the mean
@@ -35,6 +35,7 @@ import data
 import denoise
 import evaluate
 import noise
+import posterior
 from experiments import baselines, classical, volumes
 from lib import runtime
 from lib.stages import Stages
@@ -145,8 +146,11 @@ def run_cell(folder, scans, args):
             made, gains = stages.folder / method, {}
             if (made / "map.h5").exists():
                 gains = data.read_matching(made / "map.h5", dataset, "gain", split="test")
-            models = noise.parse_noise_model(str(made / "noise.json")), gains, noise.parse_noise_model(told)
-            known["noise"] = noise_agreement(*models, dataset, law)
+            measured = noise.parse_noise_model(str(made / "noise.json"))
+            known["noise"] = noise_agreement(measured, gains, noise.parse_noise_model(told), dataset, law)
+            if measured["air"]:
+                corrected = correct(measured, gains, dataset, stages.path(pred), made / "signal_out.h5")
+                known["methods"][f"{method}, corrected"] = scores(dataset, law, corrected)
         evaluate.write_json(known, found)
 
 
@@ -168,6 +172,19 @@ def predictions(stages, method, told):
     if method == "paper":
         return {method: denoise.paper_recipe(stages, denoise.blind_spot_estimate(stages))[0]}
     return volumes.trained(stages, method, told)
+
+
+def correct(measured, gains, dataset, pred, out):
+    """Writes what --bias-correct makes of the test split of a prediction; gains: as of noise_agreement. Returns out."""
+    x = data.read_matching(pred, dataset, split="test")
+    with data.write_volumes(out, "prediction", "posterior", {}, like=dataset) as new_volume:
+        for name, volume in x.items():
+            (kept,) = new_volume(name, volume.shape, ["pred"])
+            for s in range(volume.shape[0]):
+                gain = gains[name][s] if gains else 1.0
+                mean = volume[s] / gain
+                kept[s] = gain * posterior.signal(mean, evaluate.noise_at(mean, measured), measured["air"])
+    return out
 
 
 def told_method(stages, method, told):
@@ -232,7 +249,7 @@ def tables(folder):
 
 def order():
     """All names of methods that a cell may hold, in the order of the tables."""
-    return ["noisy", *(name + end for name in METHODS for end in ("", "+"))]
+    return ["noisy", *(name + end for name in METHODS for end in ("", "+", ", corrected"))]
 
 
 def main(argv=None):

@@ -58,10 +58,9 @@ def test_cell(tmp_path):
     flags = ["a=scans", "--steps", 2, "--out", "out", "--methods"]
     said = ok("experiments.real", *flags, "nlm", "nei2nei", "instant", "instant_told", cwd=tmp_path).stdout
     cell = json.loads((tmp_path / "out/a/cell.json").read_text())
-    assert (
-        set(cell["methods"]) == {"noisy", "nlm", "nei2nei", "instant", "instant_told", "instant_told+"}
-        and "median" in cell["noise"]
-    )
+    made = {"noisy", "nlm", "nei2nei", "instant", "instant, corrected", "instant_told", "instant_told+"}
+    assert set(cell["methods"]) == made and "median" in cell["noise"]
+    assert 0 < cell["methods"]["instant, corrected"]["air"] < 0.5 * cell["methods"]["instant"]["air"]
     assert cell["methods"]["nlm"]["head"] > cell["methods"]["noisy"]["head"] + 0.5
     assert cell["methods"]["noisy"]["expected"] > cell["methods"]["noisy"]["psnr"]  # air is brighter than black
     assert "## a" in said and "| instant_told+ |" in said
