@@ -129,7 +129,8 @@ def table(folder):
         lines.append(f"| {m} | {' | '.join(row)} |")
     widest = max((v for found in apart.values() for v in found.values()), default=0)
     count = sorted({len(s) for s in cells.values()})
-    lines += ["", f"Seeds a cell: {', '.join(map(str, count))}; the same method differs by at most {widest:.2f} dB."]
+    between = f"; the same method differs by at most {widest:.2f} dB between them" if count[-1:] > [1] else ""
+    lines += ["", f"Seeds a cell: {', '.join(map(str, count))}{between}."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,8 @@
 """The house: what may import what, how large a room may be, what is loaded when."""
 
 import ast
+import bisect
+import re
 import subprocess
 import sys
 
@@ -80,3 +82,26 @@ def test_a_stage_loads_no_reader_of_image_files():
 
 def test_readme_is_short():
     assert (ROOT / "README.md").stat().st_size <= 8192
+
+
+DIFFERENCES = {"1.74", "4.65", "5.93", "6.14"}  # of two PSNRs in brain_t1_dicom.json, demo.json and demo_seed1.json
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_numbers_stand_in_results(page):
+    """What a section says with two decimals stands in a file of results/ that it names; below 1 differences do not count."""
+    text, missing, seen = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL), [], 0
+    for section in re.split(r"\n(?=## )", text):
+        named = [
+            ((ROOT / page).parent / link).resolve() for link in re.findall(r"\]\(([^)#]*results[^)#]*)\)", section)
+        ]
+        inside = [path for name in named for path in ([name] if name.is_file() else name.rglob("*"))]
+        inside = [path.read_text() for path in inside if path.suffix in (".md", ".json")]
+        words = {number for raw in inside for number in re.findall(r"\d+\.\d+", raw)}
+        exact = sorted(float(number) for raw in inside for number in re.findall(r"\d+\.\d{3,}", raw))
+        for number in re.findall(r"(?<![\w.])\d+\.\d\d(?!\d)", section):
+            k, seen = bisect.bisect_left(exact, float(number) - 0.00501), seen + 1
+            rounded = k < len(exact) and exact[k] < float(number) + 0.00501
+            if number not in words | DIFFERENCES and not rounded and float(number) >= 1:
+                missing.append((section.splitlines()[0], number))
+    assert seen > 15 and not missing
