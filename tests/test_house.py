@@ -89,7 +89,7 @@ DIFFERENCES = {"1.74", "4.65", "5.93", "6.14"}  # of two PSNRs in brain_t1_dicom
 
 @pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
 def test_numbers_stand_in_results(page):
-    """What a section says with two decimals stands in a file of results/ that it names; below 1 differences do not count."""
+    """Two decimals stand in a file of results/ that their section names; below 1 they may be a difference."""
     text, missing, seen = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL), [], 0
     for section in re.split(r"\n(?=## )", text):
         named = [
