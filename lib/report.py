@@ -138,7 +138,7 @@ def candidates_of(folder):
     """[(candidate, estimated PSNR, whether it is the best)] of best.json in a folder, if there is one."""
     path = folder / "best.json"
     found = json.loads(path.read_text()) if path.exists() else {}
-    best = max(found, key=lambda name: found[name]["psnr"], default=None)
+    best = next((name for name, one in found.items() if one.get("kept")), None)
     said = {name: f"{one['psnr']:.2f} ± {one.get('sd', 0):.2f} dB" for name, one in found.items()}
     return [("images as they are" if name == "noisy" else name, text, name == best) for name, text in said.items()]
 
