@@ -125,7 +125,7 @@ def tuned_recipe(stages):
         images, student = "shipped_out.h5", "shipped.pt"
     off = correlation_error(stages, images) if best != "noisy" else 0
     if off > LAWLESS:
-        print(f"denoise: no, the images as they are: what was removed is not correlated as the noise (off by {off:.2f})")
+        print(f"denoise: no, the images as they are: what was removed is not correlated as noise is (off by {off:.2f})")
         learn(stages, start, "none", 0, *(few if instant else []), name="untouched")
         best, images, student = "noisy", "untouched_out.h5", "untouched.pt"
     evaluate.write_json({name: one | {"kept": name == best} for name, one in found.items()}, stages.path("best.json"))
