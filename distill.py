@@ -167,15 +167,15 @@ class ToldResUNet(ResUNet):
         """law: (B,9), instead of the buffer. gain: (B,1,H,W), by how much the noise is stronger than the law says."""
         law = self.law if law is None else law
         a, b, c, level = law[:, :4, None, None, None].unbind(1)
-        x = y[:, self.own].float()
-        for _ in range(2):
-            x = F.avg_pool2d(x, 5, 1, 2, count_include_pad=False)
-        x = x.clamp(min=0)
+        own = y[:, self.own]
+        x = own.float().flatten(0, 1)  # without a channel dimension: pooling channels-last images is 8 times slower
+        x = F.avg_pool2d(F.avg_pool2d(x, 5, 1, 2, count_include_pad=False), 5, 1, 2, count_include_pad=False)
+        x = x.view_as(own).clamp(min=0)
         unit = level.clamp(min=1e-5)
         deviation = (a + b * x + c * x**2).clamp(min=1e-12).sqrt() * gain / unit
         correlations = law[:, 4:, None, None].expand(len(y), -1, *y.shape[-2:])
         told = torch.cat([0.1 * y / unit, deviation.clamp(1 / 8, 8).log(), correlations], 1)
-        return y[:, self.own] + level * self.residual(told)
+        return own + level * self.residual(told)
 
 
 def mse_loss(x, target):

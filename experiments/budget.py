@@ -1,11 +1,13 @@
 """Quality after so many seconds of training: shipped network, tuned, new students, Neighbor2Neighbor, supervised.
 
     Out   FOLDER/rates.json              seconds of a training step of each method, measured on this machine at first
-          FOLDER/NAME-NOISE-SEED/cell.json   {method: {psnr, psnr_sd, ssim, ...}}, of the test split
-          FOLDER/table.md                means over the seeds
+          FOLDER/NAME-NOISE-SEED/cell.json   {method: {psnr, psnr_sd, ssim, ..., seconds}}, of the test split
+          FOLDER/table.md, seconds.png   means over the seeds; PSNR against seconds of one core
 
+    export OMP_NUM_THREADS=1
     python -m experiments.budget head=HEAD.h5 chest=CHEST.h5 --noise gaussian:6/255 poisson:200 --seeds 0 1 --out FOLDER
-    python -m experiments.budget --out FOLDER                                              # only the table
+    peers/bin/python -m experiments.peers --data FOLDER/CELL/noisy.h5 --out FOLDER/CELL      # in each cell, if wanted
+    python -m experiments.budget --out FOLDER                            # scores what the cells hold, table and figure
 
 The datasets hold clean images (data.py import); noise is added to them. A method is NAME@SECONDS:
 
@@ -13,7 +15,10 @@ The datasets hold clean images (data.py import); noise is added to them. A metho
     scratch, supervised  a new student, by recorruption or with the clean images, with the neighbours that suit
     supervised2d         the same without neighbours            nei2nei   Neighbor2Neighbor, with that network
     nlm bm3d bm4d        told the true noise
+    careamics-..., deepinv-...   other packages: see peers.py
 
+`seconds` are the processor's, of everything from the noisy file to the predictions of the test split: with
+OMP_NUM_THREADS=1, seconds of one core. @SECONDS are those of training alone.
 `shipped`, `tuned` and `scratch` measure the noise. All students but `nei2nei` are means over the eight symmetries, as
 what `denoise.py` writes is; a second row of `tuned`, `tuned1`, is one evaluation.
 """
@@ -36,7 +41,7 @@ from lib.stages import Stages
 
 TRAINED = ["tuned", "scratch", "nei2nei", "supervised2d", "supervised"]
 CLASSIC = ["nlm", "bm3d", "bm4d"]
-SELF_SUPERVISED = ("shipped", "tuned", "scratch", "nei2nei")
+MEASURE = ("shipped", "tuned", "scratch")  # the noise, before they begin
 
 
 def train(stages, method, spec, steps, name):
@@ -55,18 +60,18 @@ def train(stages, method, spec, steps, name):
 
 
 def rates(folder, clean, spec, args):
-    """{method: seconds of a training step} of FOLDER/rates.json; measured by 20 and 120 steps if it is not there."""
+    """{method: processor seconds of a training step} of FOLDER/rates.json; measured at first if it is not there."""
     path = folder / "rates.json"
     if not path.exists():
         found, stages = {}, noisy_cell(folder / "rates", clean, spec, args, 0)
         volumes.measured(stages)
-        for method in TRAINED:
-            took = []
-            for steps in (20, 120):
-                began = time.monotonic()
+        for method in args.methods:
+            spent = []
+            for steps in (1, 20, 120):  # the first warms up
+                began = time.process_time()
                 train(stages, method, spec, steps, f"{method}{steps}")
-                took.append(time.monotonic() - began)
-            found[method] = (took[1] - took[0]) / 100
+                spent.append(time.process_time() - began)
+            found[method] = (spent[2] - spent[1]) / 100
         evaluate.write_json(found, path)
     return json.loads(path.read_text())
 
@@ -81,38 +86,51 @@ def noisy_cell(folder, clean, spec, args, seed):
 
 
 def run_cell(folder, clean, spec, args, seed, step):
-    """Runs all methods on one dataset with one noise and one seed; writes cell.json."""
+    """Runs all methods on one dataset with one noise and one seed: their predictions for the test split."""
     stages = noisy_cell(folder, clean, spec, args, seed)
-    preds = {}
 
-    def attempt(name, run, *arguments):
+    def attempt(run, *arguments, **made):
         stages.changed = False  # the methods do not depend on each other
-        preds[name] = run(*arguments)
+        return run(*arguments, **made)
 
     deep = min(v.shape[0] for v in data.read_volumes(str(stages.data[1]), "noisy", "test").values()) > 1
     for method in args.classic:
         if deep or method != "bm4d":
-            attempt(method, lambda: volumes.classic(stages, method, spec)[method])  # noqa: B023  called at once
-    known = volumes.measured(stages)
-    told = ["--target", "recorrupted", "--noise", known, "--init", denoise.shipped(stages), "--steps", 0]
-    flags = [*stages.data, *told, "--split", "test", *stages.common]
-    attempt("shipped", lambda: stages.run(distill, *flags, out="shipped_out.h5", model="shipped.pt"))
+            attempt(volumes.classic, stages, method, spec)
+    told = ["--target", "recorrupted", "--noise", volumes.measured(stages), "--init", denoise.shipped(stages)]
+    test = [*stages.data, "--split", "test", *stages.common]
+    attempt(stages.run, distill, *test, *told, "--steps", 0, out="shipped_out.h5", model="shipped.pt")
     for method in args.methods:
-        for seconds in args.seconds if method == "tuned" else args.seconds[-1:]:
-            name = f"{method}@{seconds}"
+        for seconds in args.seconds:
             if method == "supervised2d" and not deep:
                 continue
-            attempt(name, train, stages, method, spec, round(seconds / step[method]), name)
-    one = [*stages.data, "--predict", "--split", "test", "--ensemble", 1, *stages.common]
-    for name in [n for n in preds if n.startswith("tuned")]:
-        flags = [*one, "--model", stages.path(f"{name}.pt")]
-        attempt(name.replace("tuned", "tuned1"), lambda: stages.run(distill, *flags, out=f"{name}-1_out.h5"))  # noqa: B023
-    named = [f"{name}={stages.path(file)}" for name, file in preds.items()]
-    evaluate.main([*map(str, stages.data), "--pred", *named, "--json", str(folder / "cell.json")])
+            attempt(train, stages, method, spec, round(seconds / step[method]), f"{method}@{seconds}")
+            if method == "tuned":
+                one = ["--predict", "--ensemble", 1, "--model", stages.path(f"tuned@{seconds}.pt")]
+                attempt(stages.run, distill, *test, *one, out=f"tuned1@{seconds}_out.h5")
+
+
+def judge(folder):
+    """Scores the predictions that stand in the folder of a cell: cell.json."""
+    preds = {path.name.removesuffix("_out.h5"): path for path in sorted(folder.glob("*_out.h5"))}
+    preds.pop("first", None)  # the first look, with which the noise is measured
+    named = [f"{name}={path}" for name, path in preds.items()]
+    evaluate.main(["--data", str(folder / "noisy.h5"), "--pred", *named, "--json", str(folder / "cell.json")])
+    found = json.loads((folder / "cell.json").read_text())
+    done = json.loads((folder / "stages.json").read_text())
+    peers = [json.loads(path.read_text()) for path in folder.glob("*-*.json")]
+    measuring = sum(done[name]["processor_seconds"] for name in ("noise_first.json", "first_out.h5", "noise.json"))
+    for name in preds:
+        method = name.partition("@")[0]
+        if (record := done.get(f"{name}_out.h5")) is None:
+            found[name]["seconds"] = next(peer[name]["seconds"] for peer in peers if name in peer)
+        elif method != "tuned1":  # that is `tuned` once more
+            found[name]["seconds"] = record["processor_seconds"] + (measuring if method in MEASURE else 0)
+    evaluate.write_json(found, folder / "cell.json")
 
 
 def table(folder):
-    """The Markdown table: PSNR in dB, means over seeds; in bold the best of what is trained without clean images."""
+    """The Markdown table: PSNR in dB, means over seeds; in bold the best without clean images."""
     cells = {}
     for path in sorted(folder.glob("*/cell.json")):
         cells.setdefault(path.parent.name.rpartition("-")[0], []).append(json.loads(path.read_text()))
@@ -123,7 +141,7 @@ def table(folder):
     for m in methods:
         row = []
         for found in mean.values():
-            best = max(v for n, v in found.items() if n.partition("@")[0] in SELF_SUPERVISED)
+            best = max(v for n, v in found.items() if not n.startswith("supervised"))
             text = f"{found[m]:.2f}" if m in found else ""
             row.append(f"**{text}**" if text and found[m] == best else text)
         lines.append(f"| {m} | {' | '.join(row)} |")
@@ -134,11 +152,33 @@ def table(folder):
     return "\n".join(lines) + "\n"
 
 
+def figure(folder):
+    """PSNR against processor seconds, a panel a cell (its first seed): one line a method, a point a budget."""
+    from matplotlib.figure import Figure
+
+    cells = [path for path in sorted(folder.glob("*/cell.json")) if path.parent.name.endswith("-0")]
+    fig = Figure(figsize=(4.6 * len(cells), 4), dpi=80, layout="constrained")
+    for ax, path in zip(np.ravel(fig.subplots(1, len(cells))), cells):
+        cell, lines = json.loads(path.read_text()), {}
+        for name, score in cell.items():
+            method = name.partition("@")[0]
+            if "seconds" in score:
+                method = "ours" if method in ("shipped", "tuned") else method
+                lines.setdefault(method, []).append((score["seconds"], score["psnr"]))
+        for method, points in lines.items():
+            ax.plot(*zip(*sorted(points)), marker="o", markersize=3, lw=2.5 if method == "ours" else 1, label=method)
+        ax.set(xscale="log", title=path.parent.name[:-2], xlabel="seconds of one core, all included", ylabel="PSNR, dB")
+    handles, labels = ax.get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+    with runtime.atomic_write(folder / "seconds.png") as temporary:
+        fig.savefig(temporary, format="png")
+
+
 def main(argv=None):
     p = runtime.network_parser(__doc__)
     p.add_argument("images", nargs="*", metavar="NAME=CLEAN.h5", help="datasets of clean images")
     p.add_argument("--noise", nargs="+", default=["gaussian:6/255"], help="kind:level[:correlation] (gaussian:6/255)")
-    p.add_argument("--seconds", nargs="+", type=int, default=[30, 60, 120], help="of training; others take the last")
+    p.add_argument("--seconds", nargs="+", type=int, default=[40, 400], help="of training (default 40 and 400)")
     p.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the noise and of the training (default 0)")
     p.add_argument("--methods", nargs="+", choices=TRAINED, default=TRAINED, help="default all")
     p.add_argument("--classic", nargs="*", choices=CLASSIC, default=CLASSIC, help="default all")
@@ -152,7 +192,10 @@ def main(argv=None):
                 step = rates(folder, clean, spec, args)
                 cell = folder / f"{name}-{spec.replace('/', '_').replace(':', '-')}-{seed}"
                 run_cell(cell, clean, spec, args, seed, step)
+    for path in folder.glob("*-*/noisy.h5"):
+        judge(path.parent)
     (folder / "table.md").write_text(table(folder))
+    figure(folder)
     print(table(folder))
 
 
