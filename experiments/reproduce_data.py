@@ -9,10 +9,10 @@ Scale paper (Sec. 4.1): 300x300 patches, the sets' own training splits, the firs
     FOLDER/siim                    SIIM-FISABIO-RSNA COVID-19: train, test, DICOM
     FOLDER/m4raw                   M4Raw: multicoil_train, multicoil_val; the first repetition, against the mean of all
 
-Scale small, for minutes on two cores. Sets that are not found are left out; without head and chest, the built-in brain
-takes their place:
+Scale small, for minutes on two cores. Sets that are not found are left out; the built-in brain is always there:
 
     FOLDER/brain_t1_dicom          one head, 192 slices, blocks of 80, 10 and 10 %
+    FOLDER/t2w_volume.nii.gz       a T2w head, 60 slices, the same blocks
     FOLDER/chest_xray              the first 60 files normal_*, 512x512: 42, 3 and 15
     FOLDER/m4raw_pairs.h5          `noisy` one repetition, `mean3` the mean of three, (n,256,256) uint8: the first 240
                                    pairs, blocks of 70, 10 and 20 %, against the mean of the other two
@@ -30,22 +30,22 @@ import numpy as np
 import data
 import noise
 
-RIVALS = ["supervised", "nlm", "lgbpn", "puca", "nei2nei", "paper", "ours"]
+RIVALS = ["supervised", "nlm", "lgbpn", "puca", "nei2nei", "paper", "ours", "default"]
 METHODS = {  # {table: methods, as reproduce.py names them}
     1: [*RIVALS[:2], "nlm-calibrated", "tv", "wavelet", "noise2self", *RIVALS[2:]],
     2: RIVALS,
     3: RIVALS,
     4: ["paper", "paper-2", "paper-3", "ours", "ours-2", "ours-3"],
     5: ["nlm", "single", "srds", "kd-single", "paper", "single25", "srds25"],
-    "m4raw": ["supervised", "nlm", "noise2self", "nei2nei", "puca", "paper", "ours"],
+    "m4raw": ["supervised", "nlm", "noise2self", "nei2nei", "puca", "paper", "ours", "default"],
 }
 CORRELATIONS = (0.5, 1.2)
 MRI = {"gaussian": "6/255", "poisson": "200", "gamma": "100"}
 XRAY = {"gaussian": "6/255", "poisson": "700", "gamma": "500"}
-LEVELS = {"knee": MRI, "brain": MRI, "siim": XRAY, "head": MRI, "chest": XRAY, "mni": MRI}  # Sec. 4.1
+LEVELS = {"knee": MRI, "brain": MRI, "siim": XRAY, "head": MRI, "t2w": MRI, "chest": XRAY, "mni": MRI}  # Sec. 4.1
 TITLES = {
     "knee": "Knee", "brain": "Brain T2w", "siim": "Chest X-ray", "m4raw-T1": "M4Raw T1w",
-    "m4raw-FLAIR": "M4Raw FLAIR", "head": "Head T1w", "chest": "Chest X-ray", "m4raw": "M4Raw pairs",
+    "m4raw-FLAIR": "M4Raw FLAIR", "head": "Head T1w", "t2w": "Head T2w", "chest": "Chest X-ray", "m4raw": "M4Raw pairs",
     "mni": "Built-in brain", "m4raw6-T1": "T1w", "m4raw6-T2": "T2w", "m4raw6-FLAIR": "FLAIR",
 }  # fmt: skip
 FIRST = 200  # images of the test sets of fastMRI and SIIM
@@ -92,14 +92,15 @@ def available(scale, folders):
     if scale == "paper":
         places = {"brain": "brain", "knee": "knee", "siim": "siim", "m4raw-T1": "m4raw", "m4raw-FLAIR": "m4raw"}
     else:
-        places = {"head": "brain_t1_dicom", "chest": "chest_xray", "m4raw": "m4raw_pairs.h5"}
+        places = {"head": "brain_t1_dicom", "t2w": "t2w_volume.nii.gz", "chest": "chest_xray"}
+        places |= {"m4raw": "m4raw_pairs.h5"}
     found = {}
     for dataset, place in places.items():
         paths = [path for path in (Path(folder) / place for folder in folders) if path.exists()]
         if paths:
             found[dataset] = paths[0]
-    if scale == "small" and not {"head", "chest"} & set(found):
-        found = {"mni": None} | found
+    if scale == "small":
+        found["mni"] = None
     for path in (Path(folder) / "m4raw" for folder in folders):
         for name in ("m4raw6-T1", "m4raw6-T2", "m4raw6-FLAIR"):
             if name not in found and any(path.glob(f"multicoil_train/*_{name[7:]}01.h5")):
@@ -112,7 +113,7 @@ def make(dataset, path, out, folder):
 
     Raises ValueError, OSError if images are missing or cannot be read.
     """
-    if dataset in ("mni", "head"):
+    if dataset in ("mni", "head", "t2w"):
         return data.main(["import", *(["--source", "brain"] if path is None else [str(path)]), "--out", str(out)])
     if dataset == "chest":
         files = sorted(path.glob("normal_*"))[:60]

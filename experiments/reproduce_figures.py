@@ -38,7 +38,7 @@ def figure3(out, work, cells, names):
 
     Args: out, work: Paths. cells: names of cells. names: {method: its name in the tables}. Returns the file's path.
     """
-    shown = ["noisy", "nlm", "nei2nei", "lgbpn", "puca", "paper", "ours", "supervised"]
+    shown = ["noisy", "nlm", "nei2nei", "lgbpn", "puca", "paper", "ours", "default", "supervised"]
     files = {"paper": "paper_out.h5", "ours": "recorrupted_out.h5"}
     fig = Figure(figsize=(1.45 * (1 + len(shown)), 3.15 * len(cells)), dpi=80, layout="constrained")
     axes = fig.subplots(2 * len(cells), 1 + len(shown), squeeze=False)

@@ -26,7 +26,8 @@ NAMES = {
     "wavelet": "Wavelets, calibrated", "noise2self": "Noise2Self", "lgbpn": "LG-BPN", "puca": "PUCA",
     "nei2nei": "Neighbor2Neighbor", "paper": "Paper's recipe", "paper-2": "Paper's recipe, round 2",
     "paper-3": "Paper's recipe, round 3", "ours": "Our recipe (recorruption)", "ours-2": "Our recipe, round 2",
-    "ours-3": "Our recipe, round 3", "single": "no SRDS, no KD", "srds": "SRDS", "kd-single": "KD",
+    "ours-3": "Our recipe, round 3", "default": "Our default (shipped, tuned)",
+    "single": "no SRDS, no KD", "srds": "SRDS", "kd-single": "KD",
     "single25": "no SRDS, no KD, 25 steps", "srds25": "SRDS, 25 steps",
     "n2v": "Noise2Void", "r2r": "Recorrupted2Recorrupted", "n2n": "Noise2Noise", "c2s": "Corruption2Self",
     "swinir": "SwinIR, supervised", "restormer": "Restormer, supervised",
@@ -210,6 +211,7 @@ def claims(tables):
         return found
 
     blind = ["noise2self", "lgbpn", "puca", "nei2nei"]
+    rivals = [*blind, "paper"]
     # (section, claim, the paper's numbers, what is claimed, what came out). Claimed is a sign, +1 or -1, for which
     # p < 0.05 decides, or an interval of dB; None: nothing is claimed.
     rows = [
@@ -226,13 +228,13 @@ def claims(tables):
         ("4.5", "without SRDS distillation loses", "-0.33, -0.98, -0.89", -1, gaps(5, "kd-single", "single")),
         ("Table 4", "round 2 gains over round 1", "+0.08, +0.06, +0.67", 1, gaps(4, "paper-2", "paper")),
         ("Table 4", "round 3 gains over round 2", "+0.01, +0.04, +0.09", 1, gaps(4, "paper-3", "paper-2")),
-        ("ours", "above every self-supervised network, white noise", "", 1, gaps(1, "ours", [*blind, "paper"])),
-        ("ours", "the same, correlated noise", "", 1, gaps(2, "ours", [*blind, "paper"])),
-        ("ours", "above non-local means, white noise", "", 1, gaps(1, "ours", "nlm")),
-        ("ours", "the same, correlated noise", "", 1, gaps(2, "ours", "nlm")),
-        ("ours", "against supervised, white noise (goal -0.1)", "", (-0.1, 9), gaps(1, "ours", "supervised")),
-        ("ours", "the same, correlated noise (goal -0.3)", "", (-0.3, 9), gaps(2, "ours", "supervised")),
-        ("ours", "against the paper's recipe, real noise", "", None, gaps(3, "ours", "paper")),
+        ("ours", "default above every self-supervised network, white noise", "", 1, gaps(1, "default", rivals)),
+        ("ours", "the same, correlated noise", "", 1, gaps(2, "default", rivals)),
+        ("ours", "default above non-local means, white noise", "", 1, gaps(1, "default", "nlm")),
+        ("ours", "the same, correlated noise", "", 1, gaps(2, "default", "nlm")),
+        ("ours", "against supervised, white noise (goal -0.1)", "", (-0.1, 9), gaps(1, "default", "supervised")),
+        ("ours", "the same, correlated noise (goal -0.3)", "", (-0.3, 9), gaps(2, "default", "supervised")),
+        ("ours", "default against the paper's recipe, real noise", "", None, gaps(3, "default", "paper")),
         ("ours", "round 2 gains over round 1", "", 1, gaps(4, "ours-2", "ours")),
         ("ours", "round 3 gains over round 2", "", 1, gaps(4, "ours-3", "ours-2")),
     ]
