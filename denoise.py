@@ -110,7 +110,7 @@ def tuned_recipe(stages):
     students = {"shipped network": start}
     if not instant:
         steps = max(1, round(stages.args.effort * TUNING_STEPS))
-        flags = ["--pred", stages.path(f"{first}_out.h5"), "--lr", TUNING_RATE]
+        flags = ["--planes", "--pred", stages.path(f"{first}_out.h5"), "--lr", TUNING_RATE]
         learn(stages, start, known, steps, *flags, name="tuned")
         students["tuned network"] = stages.path("tuned.pt")
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", known]
@@ -121,7 +121,8 @@ def tuned_recipe(stages):
     print(f"denoise: kept the {kept}: estimated PSNR {found[best]['psnr']:.2f} dB", flush=True)
     images, student = "tuned_out.h5", "tuned.pt"
     if best != "tuned network":
-        learn(stages, start, "none" if best == "noisy" else known, 0, *(few if instant else []), name="shipped")
+        kept = ("none",) if best == "noisy" else (known, "--planes")
+        learn(stages, start, kept[0], 0, *kept[1:], *(few if instant else []), name="shipped")
         images, student = "shipped_out.h5", "shipped.pt"
     off = correlation_error(stages, images) if best != "noisy" else 0
     if off > LAWLESS:

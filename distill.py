@@ -1,6 +1,6 @@
 """Stage 4: the student (Sec. 3.6), a plain network from noisy to denoised image; it is what people run.
 
-It learns from any prediction (knowledge distillation) or, beyond the paper, from noisy images and a noise model alone:
+It learns from any prediction (knowledge distillation) or, beyond the paper, from noisy images and a noise model:
 
     --target FILE          distance to the prediction: the paper's way with srds_out.h5
     --target recorrupted   distance to the clean image, estimated without it by recorruption (`recorruption_loss`)
@@ -9,19 +9,16 @@ It learns from any prediction (knowledge distillation) or, beyond the paper, fro
     In    knee.h5         volumes/<name>/noisy  (S,H,W) float32, about [0,1]
           srds_out.h5     volumes/<name>/pred   (S,H,W) float32; any prediction file made from knee.h5
     Out   student.pt      checkpoint: EMA weights, model arguments, noise model
-          distill_out.h5  volumes/<name>/pred   (S,H,W) float32: the denoised images; std, with --std: uncertainty;
-                          samples, with --samples N: (S,N,H,W), clean images that are as likely as each other
+          distill_out.h5  volumes/<name>/pred   (S,H,W) float32; std, with --std; samples (S,N,H,W), with --samples N
 
     python distill.py --data knee.h5 --target srds_out.h5                      # trains student.pt, then predicts
     python distill.py --data new.h5 --predict --model student.pt --out new_out.h5
     python distill.py --data knee.h5 --target recorrupted --pred bsn_out.h5    # noise measured with the help of --pred
-    python distill.py --data knee.h5 --target recorrupted --init student.pt --model refined.pt --out refined_out.h5
 
 Symbols: y is the noisy image (the paper's x'), target the SRDS mean (Eq. 4). Networks, all deterministic:
 
-    --arch nafnet    NAFNet (Chen et al. 2022), the paper's choice; `--preset paper` has its widths, depths, loss and
-                     optimizer for SIDD, `--preset nafnet` is as small as `fast`. In large images its
-                     channel attention pools over 1.5 training crops around each pixel (TLC, Chu et al. 2022)
+    --arch nafnet    NAFNet (Chen et al. 2022), the paper's; as for SIDD with `--preset paper`, small with `nafnet`.
+                     Its attention pools over 1.5 training crops around each pixel (TLC, Chu et al. 2022)
     --arch resunet   dense 3x3 convolutions at half resolution, nothing else: what processors are best at (`fast`)
     --arch told      a ResUNet that is told the noise model: one network for all levels; weights/ has such networks
 """
@@ -211,20 +208,17 @@ def recorruption_loss(network, y, z, strength=0.3, counts=1):
     return (mse_loss(plus, y) + mse_loss(minus, y)) / 2 + correction
 
 
-def unchanged(y):
-    """The trivial network: the slice itself, of (B,2k+1,H,W)."""
-    return y[:, y.shape[1] // 2, None]
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # train and predict
 # ---------------------------------------------------------------------------------------------------------------
+import functools
+
 import numpy as np
 
 import data
 import measure
 import noise
-from lib import runtime, training
+from lib import planes, runtime, training
 
 LOSSES = {"mse": mse_loss, "psnr": psnr_loss}
 NETWORKS = {"nafnet": NAFNet, "resunet": ResUNet, "told": ToldResUNet}
@@ -319,6 +313,7 @@ def train(args, checkpoint=None):
     run = training.Training("distill", args, checkpoint, network, model_args=model_args, extra=extra, inputs=inputs)
     joint = noise_model and any(noise_model.get("through", ()))  # the noise of the neighbours is not independent
     contexts = [context, context if joint else 0][: len(stacks)]
+    unchanged = lambda y: y[:, context, None]  # noqa: E731  the trivial network
     for step in run.steps():
         y, *more = data.random_crops(stacks, args.batch, args.crop, run.rng(step), run.rank, run.world, contexts)
         if noise_model:
@@ -342,6 +337,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
     and, but where rows and columns have different noise, quarter turns. Large images go in tiles: a run takes about
     `memory` bytes beside its start. told: (noise model, {name: (S,H,W) noisy}), for a network of weights/. std:
     (B,2,H,W), with noise.deviation, nine times as slow. Raises ValueError for one that must be told the noise.
+    beside: (S,H,W) to what it makes of a volume in the two other planes (lib/planes.py), whose weight is `planes`.
     """
     device = runtime.pick_device(device)
     network, checkpoint = training.load_network(build_network, path, "distill", device)
@@ -357,22 +353,38 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
     side, overlap = data.tiling(BYTES[type(network)] * arguments["width"], crop, memory)
     turns = not known or bool(np.ptp(np.subtract(known["correlation"], np.transpose(known["correlation"]))) < 0.2)
 
-    def forward(y):
-        with runtime.autocast(device, precision):
-            return network(y.to(device, memory_format=torch.channels_last)).float().cpu()
+    def across(axis):
+        """The denoiser of slices across an axis of the volume, told how the noise lies in them."""
+        laws = [network.law.clone()] if isinstance(network, ToldResUNet) else []
+        if laws and axis:
+            laws[0][0, 4:] = torch.from_numpy(noise.facts(planes.turned(known, axis), {"": np.zeros((1, 1, 1))})[4:])
 
-    @torch.inference_mode()
-    def once(y):
-        return data.tiled(forward, y, side, overlap)
+        def forward(y):
+            with runtime.autocast(device, precision):
+                told = (law.expand(len(y), -1) for law in laws)
+                return network(y.to(device, memory_format=torch.channels_last), *told).float().cpu()
+
+        return torch.inference_mode()(lambda y: data.tiled(forward, y, side, overlap))
+
+    once = across(0)
 
     def denoise(y):
         x = data.mean_over_symmetries(once, y, turns) if ensemble == 8 else once(y)
         rngs = [runtime.step_rng(0) for _ in y]  # the same for each slice: what is written depends on y alone
         return torch.cat([x, noise.deviation(known, once, y, x, rngs)], 1) if std else x
 
-    denoise.context = once.context = arguments.get("context", 0)
-    denoise.noise_model, denoise.once = known, once
+    denoise.context = once.context = k = arguments.get("context", 0)
+    denoise.noise_model, denoise.once, denoise.planes = known, once, checkpoint["extra"].get("planes", 0)
+    denoise.beside = lambda volume: planes.beside([across(1), across(2)], volume, k, memory) if k else None
     return denoise
+
+
+def weigh_planes(args):
+    """Finds how much the two other planes of volumes should count, and adds that to the checkpoint args.model."""
+    noisy = data.read_volumes(args.data, "noisy", args.split if args.predict else "train")
+    law = (denoise := student(args.model, args.device, args.precision)).noise_model
+    s2 = lambda x, y: noise.variance(law, x) * noise.bright(law, y)  # noqa: E731
+    planes.add_weight(args.model, denoise, noisy, functools.partial(noise.sample, law), s2)
 
 
 def predict(args):
@@ -384,35 +396,21 @@ def predict(args):
     data.choose_context(denoise.context, noisy)
     if args.samples:
         return write_samples(args, denoise, noisy)
-    keys = ["pred", "std"] if std else ["pred"]
-    data.write_predictions(args, "distill", args.data, noisy, lambda y, *_: denoise(y), keys, context=denoise.context)
+    image, keys = planes.mixed(denoise, noisy), ["pred", "std"][: 1 + std]
+    data.write_predictions(args, "distill", args.data, noisy, image, keys, context=denoise.context)
 
 
 def write_samples(args, denoise, noisy):
     """Writes the student's output and args.samples possible clean images (noise.samples) of each volume to args.out."""
-
-    def of_volume(function, y):
-        slices = (torch.from_numpy(data.read_around(y, s, denoise.context))[None] for s in range(len(y)))
-        return np.concatenate([function(y_s).numpy() for y_s in slices]).swapaxes(0, 1)
-
-    law, once = denoise.noise_model, lambda y: of_volume(denoise.once, y)[0]
+    law, once = denoise.noise_model, lambda y: planes.across(denoise.once, y, 0, denoise.context)[0]
     with data.write_volumes(args.out, "prediction", "distill", vars(args), like=args.data, noise=law) as add:
         for k, (name, volume) in enumerate(runtime.progress(noisy.items(), "samples")):
             y = np.asarray(volume[:], np.float32)
-            x, std = of_volume(denoise, y)
+            x, std = planes.across(denoise, y, 0, denoise.context)
             drawn = noise.samples(law, once, y, x, runtime.step_rng(args.seed or 0, k), args.samples).swapaxes(0, 1)
             for array, v in zip(add(name, volume.shape, ["pred", "std", ("samples", args.samples)]), (x, std, drawn)):
                 array[:] = v
     print(f"distill: {len(noisy)} volumes, {args.samples} samples each -> {args.out}", flush=True)
-
-
-def export(path, out):
-    """Writes the student of a checkpoint as ONNX: `noisy` (B,2k+1,H,W) to `denoised` (B,1,H,W), from 16x16 up."""
-    network, checkpoint = training.load_network(build_network, path, "distill", "cpu")
-    crop, k = checkpoint["extra"]["crop"], checkpoint["model_args"].get("context", 0)
-    y = torch.rand(2, 2 * k + 1, 2 * crop + 8, 2 * crop + 40)  # larger than the window of the attention
-    training.export_onnx(network.pool_locally(crop), y, out, ["noisy"], ["denoised"])
-    print(f"distill: {path} -> {out}", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -427,14 +425,14 @@ def main(argv=None):
     p.add_argument("--init", help="start from the weights of this student (.pt)")
     training.context_flag(p)
     p.add_argument("--ensemble", type=int, choices=(1, 8), help="mean over 8 symmetries (default 8; 1 with --predict)")
+    p.add_argument("--planes", action="store_true", help="also look at volumes in the two other planes: better, slower")
     p.add_argument("--std", action="store_true", help="also write the standard deviation of what is left unknown")
     p.add_argument("--samples", type=runtime.positive, metavar="N", help="also draw N possible clean images of each")
     p.add_argument("--export", metavar="FILE", help="only write the trained --model as ONNX (.onnx)")
     training.prediction_flags(p, "distill_out.h5")
     args = p.parse_args(argv)
     if args.export:
-        runtime.check_outputs([args.model], [args.export])
-        return export(args.model, args.export)
+        return training.export_student(build_network, args.model, args.export)
     if not args.data:
         raise ValueError("--data is needed, but for --export")
     training.check_outputs(args, [args.data, args.target, args.pred, args.init])
@@ -443,6 +441,8 @@ def main(argv=None):
         raise ValueError("--target is needed for training: a prediction file, recorrupted, or clean")
     if not args.predict:
         train(args, training.resolve_args(args, PRESETS, "distill"))
+    if args.planes:
+        weigh_planes(args)
     predict(args)
 
 

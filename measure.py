@@ -310,7 +310,7 @@ NOISE_HELP = (
     "measured; kind:level[:correlation] such as gaussian:6/255, poisson:200, gamma:100:1.2; "
     "or a file of measure.py (default measured)"
 )
-PIXELS = 4_000_000  # as many as measuring looks at, evenly spread over all slices
+PIXELS = 2_000_000  # as many as measuring looks at, evenly spread over all slices
 INDEPENDENT = 0.1  # correlation through the slices up to which they count as independent: it is known to about 0.05
 
 

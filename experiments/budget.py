@@ -19,8 +19,9 @@ The datasets hold clean images (data.py import); noise is added to them. A metho
 
 `seconds` are the processor's, of everything from the noisy file to the predictions of the test split: with
 OMP_NUM_THREADS=1, seconds of one core. @SECONDS are those of training alone.
-`shipped`, `tuned` and `scratch` measure the noise. All students but `nei2nei` are means over the eight symmetries, as
-what `denoise.py` writes is; a second row of `tuned`, `tuned1`, is one evaluation.
+`shipped`, `tuned` and `scratch` measure the noise. All students but `nei2nei` are means over the eight symmetries, the
+first two over three planes too, as what `denoise.py` writes is; a second row of `tuned`, `tuned1`, is one evaluation in
+each plane.
 """
 
 import json
@@ -56,6 +57,7 @@ def train(stages, method, spec, steps, name):
         flags += ["--target", "clean", *(["--context", 0] if method == "supervised2d" else [])]
     if method == "tuned":
         flags += ["--init", denoise.shipped(stages), "--lr", denoise.TUNING_RATE, "--pred", stages.path("first_out.h5")]
+        flags += ["--planes"]
     return stages.run(distill, *flags, **made)
 
 
@@ -99,7 +101,7 @@ def run_cell(folder, clean, spec, args, seed, step):
             attempt(volumes.classic, stages, method, spec)
     told = ["--target", "recorrupted", "--noise", volumes.measured(stages), "--init", denoise.shipped(stages)]
     test = [*stages.data, "--split", "test", *stages.common]
-    attempt(stages.run, distill, *test, *told, "--steps", 0, out="shipped_out.h5", model="shipped.pt")
+    attempt(stages.run, distill, *test, *told, "--planes", "--steps", 0, out="shipped_out.h5", model="shipped.pt")
     for method in args.methods:
         for seconds in args.seconds:
             if method == "supervised2d" and not deep:

@@ -124,7 +124,7 @@ def train(args, checkpoint=None):
         law = law.to(run.device)
         with run.autocast():
             out = run.net(y, law, gain).float()
-        loss, trivial = (loss_of(v, x, law[:, 3]) for v in (out, distill.unchanged(y)))
+        loss, trivial = (loss_of(v, x, law[:, 3]) for v in (out, y[:, y.shape[1] // 2, None]))
         run.update(loss, trivial)
 
 

@@ -38,7 +38,8 @@ def denoise_volume(volume, denoise):
     change returns the same bits. Attributes, all optional: context, k. noise_map: callable, the mapped volume (S,H,W)
     to how much stronger than expected its noise is, in blocks of 8x8 pixels (S,H/8,W/8): the slices are divided by it,
     and what comes out is multiplied by it. level: callable, a denoised slice (H,W) to the deviation of its noise.
-    signal: callable, a denoised slice to what is written instead of it.
+    signal: callable, a denoised slice to what is written instead of it. beside and planes: a callable, the mapped
+    volume to what the denoiser makes of it in two other planes, and their weight.
     Raises ValueError below 16x16 pixels, or for a single slice that needs neighbours.
     """
     low, high = files.finite_range(volume.slices)
@@ -65,11 +66,16 @@ def denoise_volume(volume, denoise):
     def gain(s):
         return 1 if gains is None else crops.enlarge(gains[s], volume.slices.shape[1:])
 
+    weight, others = getattr(denoise, "planes", 0), None
+    if weight and context:
+        others = denoise.beside(np.stack([mapped(s) / gain(s) for s in range(count)]))
     out = np.empty(volume.slices.shape, volume.slices.dtype)
     for s in range(count):
         which = crops.around(s, count, context)
         ready = {k: ready[k] if k in ready else mapped(k) / gain(k) for k in which}  # each slice is mapped once
         x, *deviation = denoise(torch.from_numpy(np.stack([ready[k] for k in which]))[None])[0].numpy()
+        if others is not None:
+            x += weight * (others[s] - x)
         if level:
             levels[s] = level(x) * abs(scale) * gain(s)
         if signal:

@@ -165,12 +165,31 @@ def load_network(build, path, stage, device):
     return network.to(device, memory_format=torch.channels_last).eval(), state
 
 
+def add_to_checkpoint(path, **extra):
+    """Writes a checkpoint again, with more in its `extra`."""
+    checkpoint = load_checkpoint(path)
+    checkpoint["extra"] |= extra
+    with atomic_write(path) as temporary:
+        torch.save(checkpoint, temporary)
+
+
 def fingerprint(path):
-    """Hash of the EMA weights in a checkpoint: what they do, whoever trained them, wherever."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name, value in sorted(load_checkpoint(path)["ema"].items()):
+    """Hash of what a checkpoint does, its EMA weights, whoever trained them, wherever."""
+    checkpoint = load_checkpoint(path)
+    digest = hashlib.blake2b(str(checkpoint["extra"].get("planes", "")).encode(), digest_size=8)
+    for name, value in sorted(checkpoint["ema"].items()):
         digest.update(name.encode() + value.contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def export_student(build, path, out):
+    """Writes the student of a checkpoint as ONNX: `noisy` (B,2k+1,H,W) to `denoised` (B,1,H,W), from 16x16 up."""
+    runtime.check_outputs([path], [out])
+    network, checkpoint = load_network(build, path, "distill", "cpu")
+    crop, k = checkpoint["extra"]["crop"], checkpoint["model_args"].get("context", 0)
+    y = torch.rand(2, 2 * k + 1, 2 * crop + 8, 2 * crop + 40)  # larger than the window of the attention
+    export_onnx(network.pool_locally(crop), y, out, ["noisy"], ["denoised"])
+    print(f"distill: {path} -> {out}", flush=True)
 
 
 def export_onnx(network, example, path, inputs, outputs):

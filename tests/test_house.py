@@ -51,14 +51,14 @@ def test_no_circles():
 
 
 def test_few_scripts_and_arrows():
-    """Ten at the door; at most 77 arrows among what people use, root and lib, with lib/formats as one room."""
+    """Ten at the door; at most 80 arrows among what people use, root and lib, with lib/formats as one room."""
     assert len([room for room in ROOMS if floor(room) == 1]) == 10
 
     def outer(room):
         return "lib.formats" if room.startswith("lib.formats") else room
 
     arrows = {(outer(room), outer(other)) for room in ROOMS if floor(room) < 2 for other in ARROWS[room]}
-    assert len({(a, b) for a, b in arrows if a != b}) <= 77
+    assert len({(a, b) for a, b in arrows if a != b}) <= 80
 
 
 def test_no_room_is_too_large():

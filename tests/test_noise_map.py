@@ -111,7 +111,7 @@ def test_denoise_divides(tmp_path):
     inside = psnr(data.read_volumes(tmp_path / "set/denoised.h5", "pred")["v"])
     ok("denoise", *"a.npy --out new --model set/student.pt".split(), cwd=tmp_path)
     files = psnr(np.load(tmp_path / "new/a.npy"))
-    assert min(inside, files) > psnr(np.stack(rival)) + 0.5 and abs(inside - files) < 0.3
+    assert min(inside, files) > psnr(np.stack(rival)) + 0.5 and abs(inside - files) < 0.4
 
 
 def test_signal_of_magnitudes():
