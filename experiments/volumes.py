@@ -15,7 +15,8 @@ HEAD.h5 holds clean images (data.py import). Methods (--methods):
     supervised0 2           such a student trained on the clean images
 
 Self-supervised students know the noise as measured with the help of the shipped network. Each is written NAME (one
-evaluation) and NAME+ (mean over the eight symmetries). All trainings have --steps.
+evaluation) and NAME+ (mean over the eight symmetries); `instant` and `tuned` are means over three planes as well, as
+denoise.py has it (lib/planes.py). All trainings have --steps.
 """
 
 import json
@@ -106,7 +107,7 @@ def trained(stages, method, spec):
     if kind in ("scratch", "supervised"):
         flags += ["--context", method[-1]]
     else:
-        flags += ["--init", denoise.shipped(stages), "--lr", denoise.TUNING_RATE]
+        flags += ["--init", denoise.shipped(stages), "--lr", denoise.TUNING_RATE, "--planes"]
         flags += ["--pred", stages.path("first_out.h5")] if kind == "tuned" else []
         steps = 0 if kind == "instant" else steps
     flags += [*stages.data, "--split", "test", "--ensemble", 1, "--steps", steps, *stages.common]
