@@ -68,7 +68,7 @@ class Clock:
 
 
 def careamics(name, train, clock, args, work):
-    """Trains with CAREamics until the clock stops it; returns predict(state, volume) -> (S,H,W)."""
+    """Trains with CAREamics until the clock stops it; returns predict(budget, volume) -> (S,H,W)."""
     from careamics import CAREamist
     from careamics.config.factories import create_advanced_n2v_config
     from lightning.pytorch import Callback
@@ -84,16 +84,19 @@ def careamics(name, train, clock, args, work):
             clock.start()
 
         def on_train_batch_end(self, trainer, module, *_):
+            known = set(clock.copies)
             trainer.should_stop = clock.tick(module)
+            for budget in set(clock.copies) - known:  # predict() loads a file, its own last one if it is given none
+                trainer.save_checkpoint(f"{work}/{budget}.ckpt")
 
     peer = CAREamist(config, work_dir=work, callbacks=[Stop()], enable_progress_bar=False)
     peer.train(train_data=train)
 
-    def predict(state, y):
-        peer.model.load_state_dict(state)
+    def predict(budget, y):
         extra = -len(y) % 4 if deep else 0  # its U-Net halves volumes twice
         padded = np.pad(y, ((0, extra), (0, 0), (0, 0)), "symmetric")
-        return np.reshape(peer.predict(pred_data=padded, batch_size=1)[0][0], padded.shape)[: len(y)]
+        found = peer.predict(pred_data=padded, batch_size=1, checkpoint=f"{work}/{budget}.ckpt")[0][0]
+        return np.reshape(found, padded.shape)[: len(y)]
 
     return predict
 
@@ -141,8 +144,8 @@ def deepinv(name, train, clock, args, _work):
         spent = clock.tick(network)
     model.eval()
 
-    def predict(state, volume):
-        network.load_state_dict(state)
+    def predict(budget, volume):
+        network.load_state_dict(clock.copies[budget][0])
         with torch.no_grad():
             return np.stack([model(torch.from_numpy(y)[None, None], physics)[0, 0].numpy() for y in volume])
 
@@ -159,9 +162,9 @@ def run(method, args):
     record, clock = {}, Clock(args.seconds)
     with tempfile.TemporaryDirectory() as work:
         predict = (careamics if package == "careamics" else deepinv)(name, train, clock, args, work)
-        for budget, (state, steps) in clock.copies.items():
+        for budget, (_, steps) in clock.copies.items():
             began, title = time.process_time(), f"{method}@{budget}"
-            predictions = [predict(state, y) for y in test]
+            predictions = [predict(budget, y) for y in test]
             seconds = round(budget + time.process_time() - began, 1)
             record[title] = dict(steps=steps, training=budget, seconds=seconds)
             out, flags = str(Path(args.out) / f"{title}_out.h5"), vars(args) | {"method": method, "steps": steps}

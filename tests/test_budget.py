@@ -61,7 +61,7 @@ def test_predictions_of_a_peer(tmp_path, monkeypatch):
         clock.start()
         while not clock.tick(torch.nn.Linear(1, 1)):
             pass
-        return lambda state, y: y + 1
+        return lambda budget, y: y + budget
 
     monkeypatch.setattr(peers, "deepinv", trainer)
     peers.main(["--data", str(path), "--method", "deepinv-r2r", "--seconds", "1", "--out", str(tmp_path / "out")])
