@@ -29,7 +29,7 @@ def test_demo_and_its_resume(tmp_path):
     assert results["SRDS pair, 10 steps"]["psnr"] > results["one sample, 10 steps"]["psnr"]
     assert (tmp_path / "demo/report.png").stat().st_size > 10_000 and "Highest PSNR: " in first
     commands = [line for line in first.splitlines() if line.startswith("$ python")]
-    assert len(commands) == 18 and "$ python -m experiments.baselines --data demo/brain.h5 --sigma 6/255" in first
+    assert len(commands) == 19 and "$ python -m experiments.baselines --data demo/brain.h5 --sigma 6/255" in first
     # Started again, it does nothing but the table; with one output lost, it makes that one and what follows from it.
     stages = json.loads((tmp_path / "demo/stages.json").read_text())
     again = ok("experiments.demo", *flags, cwd=tmp_path).stdout
