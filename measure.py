@@ -311,6 +311,7 @@ NOISE_HELP = (
     "or a file of measure.py (default measured)"
 )
 PIXELS = 2_000_000  # as many as measuring looks at, evenly spread over all slices
+SAME = 0.9  # how alike the details of repeats are, at least
 INDEPENDENT = 0.1  # correlation through the slices up to which they count as independent: it is known to about 0.05
 
 
@@ -353,22 +354,62 @@ def measure_file(path, pred=None):
     images = [np.asarray(volumes[name][s]) for name, s in slices]
     lows = []
     for image, (name, _) in zip(images, slices):  # an inverted volume has a negative scale
-        scale, offset = attrs[name].get("scale", 1), attrs[name].get("offset", 0)
-        lows += [float(end) * scale + offset for end in (image.min(), image.max())]
+        lows += [end * attrs[name].get("scale", 1) + attrs[name].get("offset", 0) for end in (image.min(), image.max())]
     means = means and [np.asarray(means[name][s]) for name, s in slices]
     noise_model = measure(images, means, magnitude=min(lows) >= 0)
     with data.open_file(path) as file:
         varies = any("gain" in group for group in file["volumes"].values())
-    through = through_slices(volumes, np.array(noise_model["correlation"]))
+    gains = data.read_volumes(path, "gain", names=list(volumes)) if varies else {}
+    stacks, repeats = list(volumes.values()), differences(volumes, attrs, gains)
+    if repeats and (known := of_repeats(*repeats, noise_model)) != noise_model:
+        noise_model, stacks = known, repeats[0]
+    through = through_slices(stacks, np.array(noise_model["correlation"]))
     return noise_model | dict(through=through, varies=varies, compressed=bool(jpeg.jump(images) > jpeg.JUMP))
 
 
+def differences(volumes, attrs, gains):
+    """What differs between repeats of one image: ([noise (S,H,W)], [mean (S,H,W)]) in the units of `volumes`, or None.
+
+    Repeats have the same details, and follow each other, or a volume lies between (labels and controls). attrs: of the
+    volumes. gains: the maps that they were divided by, if they were.
+    """
+    names, best = list(volumes), None
+    units = {n: (attrs[n].get("scale", 1), attrs[n].get("offset", 0), np.asarray(gains.get(n, [1])[:])) for n in names}
+    count = max(2, int(PIXELS / np.mean([np.prod(v.shape) for v in volumes.values()])))
+    for lag in (1, 2):
+        pairs, found = [(a, b) for a, b in zip(names, names[lag:]) if volumes[a].shape == volumes[b].shape], []
+        for pair in pairs[:: max(1, len(pairs) // count)]:
+            one, other = (volumes[n][:] * units[n][2] * units[n][0] + units[n][1] for n in pair)
+            scale, offset, gain = units[pair[0]]
+            if data.likeness(np.stack([v[len(v) // 2] for v in (one, other)])) > SAME:
+                mean = ((one + other) / 2 - offset) / scale / gain
+                found.append([v.astype(np.float32) for v in ((one - other) / 2**0.5 / scale / gain, mean)])
+        size = np.mean([np.square(d).mean() for d, _ in found]) if found else np.inf
+        best = (size, *zip(*found)) if size < (best[0] if best else np.inf) else best
+    return best and best[1:]
+
+
+def of_repeats(noise, means, spatial):
+    """What the noise model `spatial` becomes by that of repeats: motion adds to this, structure adds to that."""
+    noise, means = ([image for stack in stacks for image in stack] for stacks in (noise, means))
+    most = 0.8 * np.mean([variance(spatial, m).mean() for m in means])
+    if np.mean([np.square(n).mean() for n in noise]) < most / 100:  # copies
+        return spatial
+    try:
+        correlation = measure_correlation(noise, means)
+        model = make_noise_model(fit_levels(*measure_levels(noise, correlation, means)), correlation)
+    except ValueError:  # nothing in them is alike all over
+        return spatial
+    less = np.mean([variance(model, m).mean() for m in means]) < most
+    return spatial | {key: model[key] for key in ("variance", "correlation", "blind_spot")} if less else spatial
+
+
 def through_slices(volumes, correlation):
-    """[r1, r2]: correlation of the noise one and two slices away in {name: (S,H,W)}; zeros if they are independent.
+    """[r1, r2]: correlation of the noise one and two slices away in volumes [(S,H,W)]; zeros if they are independent.
 
     None for what cannot be told, because no volume has three slices or there are too few flat places in them.
     """
-    stacks = [np.asarray(v[s : s + 4]) for v in volumes.values() for s in range(0, v.shape[0] - 2, 4)]
+    stacks = [np.asarray(v[s : s + 4]) for v in volumes for s in range(0, v.shape[0] - 2, 4)]
     if not stacks:
         return [None, None]
     count = min(len(stacks), max(1, int(PIXELS / 2 / np.mean([stack.size for stack in stacks]))))

@@ -158,3 +158,40 @@ def test_zero_filled_lines_have_no_noise():
     power = np.abs(np.fft.fft2(noise.sample(law, np.zeros((40, 96, 96), np.float32), rng))).mean((0, 1))
     assert power[37:60].max() < 1e-3 * power[:36].min()
     assert noise.sample(law, np.zeros((40, 96, 96), np.float32), rng).std() == pytest.approx(0.1, rel=0.02)
+
+
+def textured(rng, shape=(6, 96, 96)):
+    """A volume that is nowhere flat: what looks at one image takes its texture for noise."""
+    x = gaussian_filter(rng.standard_normal(shape), (1, 0.7, 0.7))
+    return (0.5 + 0.25 * gaussian_filter(rng.standard_normal(shape), (1, 8, 8)) * 40 + 0.1 * x / x.std()).clip(0.1, 1)
+
+
+def write_repeats(path, volumes, scales):
+    with data.write_volumes(path, "dataset", "test") as add:
+        for k, (volume, scale) in enumerate(zip(volumes, scales)):
+            add(f"run_{k:03d}", volume.shape, ["noisy"], split="train", scale=scale, offset=0.0)[0][:] = volume / scale
+
+
+def test_repeats_tell_the_noise(tmp_path):
+    """Labels and controls in turn, each scaled by itself: the noise is what differs between every second one."""
+    rng = np.random.default_rng(0)
+    x, label = textured(rng), 0.03 * textured(rng)
+    runs = [x + (k % 2) * label + rng.normal(0, 0.01, x.shape) for k in range(6)]
+    write_repeats(tmp_path / "d.h5", runs, scales=[1 + 0.1 * k for k in range(6)])
+    found = measure.measure_file(tmp_path / "d.h5")
+    level = np.sqrt(noise.variance(found, np.array([0.3, 0.5])))
+    assert np.all(np.abs(level / 0.01 - 1) < 0.3)  # in units of the first, whose scale is 1; the others differ by 50 %
+    table = np.array(found["correlation"])
+    assert np.abs(table).sum() - 1 < 0.1 and found["through"] == [0, 0]
+    write_repeats(tmp_path / "one.h5", runs[:1], [1])
+    alone = measure.measure_file(tmp_path / "one.h5")
+    assert noise.variance(alone, 0.4) > 4 * noise.variance(found, 0.4)  # from one alone, texture is noise
+
+
+def test_copies_are_no_repeats(tmp_path):
+    rng = np.random.default_rng(0)
+    y = textured(rng) + rng.normal(0, 0.01, (6, 96, 96))
+    write_repeats(tmp_path / "one.h5", [y], [1])
+    write_repeats(tmp_path / "copies.h5", [y, y, y], [1, 1, 1])
+    one, copies = (measure.measure_file(tmp_path / f"{name}.h5") for name in ("one", "copies"))
+    np.testing.assert_allclose(noise.variance(copies, 0.4), noise.variance(one, 0.4), rtol=0.2)
