@@ -13,7 +13,7 @@ from lib import crops, training
 
 BYTES = 16  # that a voxel takes while the other planes are looked at
 LEAST = 16  # pixels along each side that networks need
-BLOCK = (16, 256, 256)  # of a volume, on which the weight is found
+BLOCK = (32, 160, 160)  # of a volume, on which the weight is found
 
 
 def across(denoise, volume, axis, context, batch=4):
