@@ -337,7 +337,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
     and, but where rows and columns have different noise, quarter turns. Large images go in tiles: a run takes about
     `memory` bytes beside its start. told: (noise model, {name: (S,H,W) noisy}), for a network of weights/. std:
     (B,2,H,W), with noise.deviation, nine times as slow. Raises ValueError for one that must be told the noise.
-    beside: (S,H,W) to what it makes of a volume in the two other planes (lib/planes.py), whose weight is `planes`.
+    beside and planes: what it makes of a volume in the two other planes, and their weight (planes.equip).
     """
     device = runtime.pick_device(device)
     network, checkpoint = training.load_network(build_network, path, "distill", device)
@@ -373,9 +373,9 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
         rngs = [runtime.step_rng(0) for _ in y]  # the same for each slice: what is written depends on y alone
         return torch.cat([x, noise.deviation(known, once, y, x, rngs)], 1) if std else x
 
-    denoise.context = once.context = k = arguments.get("context", 0)
-    denoise.noise_model, denoise.once, denoise.planes = known, once, checkpoint["extra"].get("planes", 0)
-    denoise.beside = lambda volume: planes.beside([across(1), across(2)], volume, k, memory) if k else None
+    denoise.context = once.context = arguments.get("context", 0)
+    denoise.noise_model, denoise.once = known, once
+    planes.equip(denoise, across, checkpoint["extra"].get("planes", 0), memory)
     return denoise
 
 

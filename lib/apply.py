@@ -67,7 +67,7 @@ def denoise_volume(volume, denoise):
         return 1 if gains is None else crops.enlarge(gains[s], volume.slices.shape[1:])
 
     weight, others = getattr(denoise, "planes", 0), None
-    if weight and context:
+    if weight and volume.slices.size <= denoise.beside.most:
         others = denoise.beside(np.stack([mapped(s) / gain(s) for s in range(count)]))
     out = np.empty(volume.slices.shape, volume.slices.dtype)
     for s in range(count):

@@ -32,15 +32,22 @@ def across(denoise, volume, axis, context, batch=4):
     return np.moveaxis(out, (1, 0), (0, axis + 1))
 
 
-def beside(denoisers, volume, context, memory):
-    """Mean of the volume (S,H,W), denoised across rows and across columns, or None if it takes more than `memory`.
+def equip(denoise, across_axis, weight, memory):
+    """Gives a student (distill.py) the attributes `beside` and `planes`.
 
-    denoisers: of `across`, one for each of the two, for the noise differs: it lies as `turned` says.
+    across_axis: an axis of the volume, 1 or 2, to the denoiser of slices across it, whose noise lies as `turned` says.
+    planes: how much the other planes count, `weight`, 0 if it sees no neighbours. beside: the mean of a volume (S,H,W)
+    denoised in both of them, (S,H,W) float32, or None above `beside.most` voxels, so that it takes no more `memory`.
     """
-    if volume.size * BYTES > memory or len(volume) < 2:
-        return None
-    volume = np.asarray(volume[:], np.float32)
-    return sum(across(f, volume, axis, context)[0] for axis, f in enumerate(denoisers, 1)) / len(denoisers)
+
+    def beside(volume):
+        if volume.size > beside.most or len(volume) < 2:
+            return None
+        volume = np.asarray(volume[:], np.float32)
+        return sum(across(across_axis(axis), volume, axis, denoise.context)[0] for axis in (1, 2)) / 2
+
+    beside.most = memory // BYTES
+    denoise.beside, denoise.planes = beside, weight if denoise.context else 0
 
 
 def turned(noise_model, axis):

@@ -1,6 +1,7 @@
 """A student over volumes in three planes: exact for trivial denoisers, weighed by Stein's estimate, and better."""
 
 import functools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,8 +26,12 @@ def test_planes_of_the_identity_are_the_volume():
     middle = lambda stacks: stacks[:, 2:3]  # noqa: E731
     for axis in range(3):
         np.testing.assert_array_equal(planes.across(middle, y, axis, 2)[0], y)
-    np.testing.assert_array_equal(planes.beside([middle, middle], y, 2, 1 << 30), y)
-    assert planes.beside([middle, middle], y, 2, y.size) is None  # more memory than there is
+    student = SimpleNamespace(context=2)
+    planes.equip(student, lambda axis: middle, 0.5, memory=1 << 30)
+    np.testing.assert_array_equal(student.beside(y), y)
+    assert student.planes == 0.5
+    planes.equip(student, lambda axis: middle, 0.5, memory=y.size)
+    assert student.beside(y) is None  # more memory than there is
     both = planes.across(lambda s: torch.cat([s[:, 2:3], s[:, 1:2]], 1), y, 0, 2)
     np.testing.assert_array_equal(both[1][1:], y[:-1])
 
