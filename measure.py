@@ -1,8 +1,8 @@
 """The noise measured in noisy images alone: how strong at which intensity, how correlated, and whether JPEG erased it.
 
-Noise and structure differ in one thing: somewhere the image is flat. The flattest blocks are found by half of the
-frequencies of their DFT (row + column even) and measured by the other half, and the reverse. The noise of the two
-halves is independent, so that choosing the quietest blocks does not make the noise look quieter.
+Where an image is flat, what is left is noise; between repeats of one image, what differs. The flattest blocks are found
+by half of the frequencies of their DFT (row + column even) and measured by the other half, and the reverse. The noise
+of the two halves is independent, so that choosing the quietest blocks does not make the noise look quieter.
 
     In    knee.h5       volumes/<name>/noisy  (S,H,W) float32, about [0,1]
           bsn_out.h5    volumes/<name>/pred   (S,H,W) float32, optional: it tells where the images are flat
