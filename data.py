@@ -127,6 +127,12 @@ def read_attrs(path):
         return attrs, {name: dict(group.attrs) for name, group in file["volumes"].items()}
 
 
+def to_learn_from(path):
+    """"train", or None for all volumes if a dataset has no such split."""
+    splits = {one.get("split", "train") for one in read_attrs(path)[1].values()}
+    return "train" if "train" in splits else None
+
+
 def fingerprint(array):
     """Hash of an (S,H,W) array's shape and float32 values, read slice by slice."""
     digest = hashlib.blake2b(repr(tuple(array.shape)).encode(), digest_size=8)

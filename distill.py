@@ -381,7 +381,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
 
 def weigh_planes(args):
     """Finds how much the two other planes of volumes should count, and adds that to the checkpoint args.model."""
-    noisy = data.read_volumes(args.data, "noisy", args.split if args.predict else "train")
+    noisy = data.read_volumes(args.data, "noisy", data.to_learn_from(args.data))
     law = (denoise := student(args.model, args.device, args.precision)).noise_model
     s2 = lambda x, y: noise.variance(law, x) * noise.bright(law, y)  # noqa: E731
     planes.add_weight(args.model, denoise, noisy, functools.partial(noise.sample, law), s2)

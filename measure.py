@@ -342,9 +342,7 @@ def measure_file(path, pred=None):
 
     pred: a prediction file made from it; it helps to tell where the images are flat. Raises ValueError as `measure`.
     """
-    attrs = data.read_attrs(path)[1]
-    splits = {one.get("split", "train") for one in attrs.values()}
-    volumes = data.read_volumes(path, "noisy", "train" if "train" in splits else None)
+    attrs, volumes = data.read_attrs(path)[1], data.read_volumes(path, "noisy", data.to_learn_from(path))
     means = data.read_matching(pred, path) if pred else None
     volumes = {name: v for name, v in volumes.items() if means is None or name in means}
     slices = [(name, s) for name, v in volumes.items() for s in range(v.shape[0])]

@@ -62,8 +62,11 @@ def run_cell(folder, clean, spec, args):
 
 
 def estimates(stages, name, spec):
-    """PSNR of the mean square error of a student: the true one, and as estimated with the noise measured and told."""
-    true = evaluate.score(stages.data[1], stages.path(f"{name}_out.h5"), "test")["psnr"]
+    """PSNR of the mean square error of a student: the true one, and as estimated with the noise measured and told.
+
+    Of one evaluation in one plane.
+    """
+    true = evaluate.score(stages.data[1], stages.path(f"{name}1_out.h5"), "test")["psnr"]
     noisy, student = data.read_volumes(stages.data[1], "noisy", "test"), distill.student(stages.path(f"{name}.pt"))
     found = {"pooled": -10 * np.log10(np.mean(10 ** (-true / 10)))}
     for how, law in (("measured", stages.path("noise.json")), ("told", spec)):
@@ -85,7 +88,8 @@ def both(stages, name, model):
     """{name: one evaluation, name+: the mean over the symmetries} of a student, on the test split."""
     flags = [*stages.data, "--predict", "--split", "test", "--model", stages.path(model), *stages.common]
     pairs = ((name, 1), (f"{name}+", 8))
-    return {n: stages.run(distill, *flags, "--ensemble", e, out=f"{n}_out.h5") for n, e in pairs}
+    also = ["--planes"] if name.startswith(("instant", "tuned")) else []
+    return {n: stages.run(distill, *flags, *also, "--ensemble", e, out=f"{n}_out.h5") for n, e in pairs}
 
 
 def measured(stages):
@@ -107,7 +111,7 @@ def trained(stages, method, spec):
     if kind in ("scratch", "supervised"):
         flags += ["--context", method[-1]]
     else:
-        flags += ["--init", denoise.shipped(stages), "--lr", denoise.TUNING_RATE, "--planes"]
+        flags += ["--init", denoise.shipped(stages), "--lr", denoise.TUNING_RATE]
         flags += ["--pred", stages.path("first_out.h5")] if kind == "tuned" else []
         steps = 0 if kind == "instant" else steps
     flags += [*stages.data, "--split", "test", "--ensemble", 1, "--steps", steps, *stages.common]
