@@ -310,7 +310,7 @@ NOISE_HELP = (
     "measured; kind:level[:correlation] such as gaussian:6/255, poisson:200, gamma:100:1.2; "
     "or a file of measure.py (default measured)"
 )
-PIXELS = 2_000_000  # as many as measuring looks at, evenly spread over all slices
+PIXELS = 4_000_000  # as many as measuring looks at, evenly spread over all slices
 SAME = 0.9  # how alike the details of repeats are, at least
 INDEPENDENT = 0.1  # correlation through the slices up to which they count as independent: it is known to about 0.05
 
@@ -387,19 +387,20 @@ def differences(volumes, attrs, gains):
     return best and best[1:]
 
 
-def of_repeats(noise, means, spatial):
+def of_repeats(change, means, spatial):
     """What the noise model `spatial` becomes by that of repeats: motion adds to this, structure adds to that."""
-    noise, means = ([image for stack in stacks for image in stack] for stacks in (noise, means))
+    change, means = ([image for stack in stacks for image in stack] for stacks in (change, means))
+    change = [np.where(noise.bright(spatial, m), d, 0) for d, m in zip(change, means)]  # but for dark magnitudes
     most = 0.8 * np.mean([variance(spatial, m).mean() for m in means])
-    if np.mean([np.square(n).mean() for n in noise]) < most / 100:  # copies
+    if np.mean([np.square(d).mean() for d in change]) < most / 100:  # copies
         return spatial
     try:
-        correlation = measure_correlation(noise, means)
-        model = make_noise_model(fit_levels(*measure_levels(noise, correlation, means)), correlation)
+        correlation = measure_correlation(change, means)
+        model = make_noise_model(fit_levels(*measure_levels(change, correlation, means)), correlation)
     except ValueError:  # nothing in them is alike all over
         return spatial
-    less = np.mean([variance(model, m).mean() for m in means]) < most
-    return spatial | {key: model[key] for key in ("variance", "correlation", "blind_spot")} if less else spatial
+    less = spatial | {key: model[key] for key in ("variance", "correlation", "blind_spot")}
+    return less if np.mean([variance(less, m).mean() for m in means]) < most else spatial
 
 
 def through_slices(volumes, correlation):
