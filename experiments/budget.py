@@ -156,22 +156,28 @@ def table(folder):
 
 def figure(folder):
     """PSNR against processor seconds, a panel a cell (its first seed): one line a method, a point a budget."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    cells = [path for path in sorted(folder.glob("*/cell.json")) if path.parent.name.endswith("-0")]
-    fig = Figure(figsize=(4.6 * len(cells), 4), dpi=80, layout="constrained")
-    for ax, path in zip(np.ravel(fig.subplots(1, len(cells))), cells):
-        cell, lines = json.loads(path.read_text()), {}
-        for name, score in cell.items():
+    cells = {}
+    for path in sorted(folder.glob("*-0/cell.json")):
+        lines = cells.setdefault(path.parent.name[:-2], {})
+        for name, score in json.loads(path.read_text()).items():
             method = name.partition("@")[0]
             if "seconds" in score:
                 method = "ours" if method in ("shipped", "tuned") else method
                 lines.setdefault(method, []).append((score["seconds"], score["psnr"]))
+    colors = dict(zip(sorted({m for lines in cells.values() for m in lines} - {"ours"}), colormaps["tab20"].colors))
+    fig = Figure(figsize=(4.6 * len(cells), 4.2), dpi=80, layout="constrained")
+    shown = {}
+    for ax, (name, lines) in zip(np.ravel(fig.subplots(1, len(cells))), cells.items()):
         for method, points in lines.items():
-            ax.plot(*zip(*sorted(points)), marker="o", markersize=3, lw=2.5 if method == "ours" else 1, label=method)
-        ax.set(xscale="log", title=path.parent.name[:-2], xlabel="seconds of one core, all included", ylabel="PSNR, dB")
-    handles, labels = ax.get_legend_handles_labels()
-    fig.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
+            look = dict(color="black", lw=2.5) if method == "ours" else dict(color=colors[method])
+            shown[method] = ax.plot(*zip(*sorted(points)), marker="o", markersize=4, label=method, **look)[0]
+        top = max(psnr for points in lines.values() for _, psnr in points)
+        ax.set(xscale="log", title=name, xlabel="seconds of one core, all included", ylabel="PSNR, dB")
+        ax.set_ylim(top - 6, top + 0.3)  # what is below is not worth a look
+    fig.legend(handles=list(shown.values()), loc="outside lower center", ncols=5, fontsize=8)
     with runtime.atomic_write(folder / "seconds.png") as temporary:
         fig.savefig(temporary, format="png")
 

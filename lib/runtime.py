@@ -29,10 +29,7 @@ def command(main):
     DIFFDENOISE_TRACEBACK=1 shows the traceback instead.
     """
     try:
-        code = main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        sys.exit(code)
+        sys.exit(main())
     except BrokenPipeError:  # the reader of our output, such as `head`, has gone
         os._exit(141)
     except (ValueError, OSError) as error:
@@ -45,6 +42,12 @@ def command(main):
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: stopped", file=sys.stderr)
         sys.exit(130)
+    finally:
+        left = sys.exc_info()[1]
+        if isinstance(left, SystemExit) and dist.is_initialized():  # the group's threads abort a process that tidies up
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(left.code or 0)
 
 
 def fraction(text):
