@@ -35,6 +35,7 @@ from lib.crops import (  # noqa: F401
     around,
     check_crop,
     enlarge,
+    least_likeness,
     likeness,
     mean_over_symmetries,
     random_crops,
@@ -246,7 +247,7 @@ def choose_context(text, volumes, stage=None):
     if fewest < 3:
         context, why = 0, f"a volume has only {fewest} slice{'s' * (fewest > 1)}"
     else:
-        alike = min(likeness(volume) for volume in itertools.islice(volumes.values(), 16))
+        alike = least_likeness(itertools.islice(volumes.values(), 16))
         context, why = 2 if alike > ALIKE else 0, f"details of neighbouring slices correlate by {alike:.2f}"
         why += "" if context else ": they are not of one volume"
     if stage:

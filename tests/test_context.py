@@ -241,3 +241,14 @@ def test_planes_of_a_localizer_are_no_neighbours(tmp_path):
     for item in items:
         numbers = formats.read(item)[0].slices[:, 0, 0] // 100
         assert set(numbers % 3) == {numbers[0] % 3} and list((4 * (numbers // 3)) % 3) == [0, 1, 2]
+
+
+def test_runs_of_air_do_not_choose():
+    """Of a long volume some runs of slices hold air alone: noise, which is not alike, must not decide against it."""
+    rng = np.random.default_rng(0)
+    head = np.repeat(ellipses(rng, 1, 96, 96), 8, 0) + 0.02 * rng.standard_normal((8, 96, 96))
+    air = 0.02 * rng.standard_normal((8, 96, 96))
+    assert data.likeness(air) < data.ALIKE < data.likeness(head)
+    assert data.choose_context("auto", {"a": air, "b": head}) == 2
+    unrelated = ellipses(rng, 8, 96, 96)
+    assert data.choose_context("auto", {"a": unrelated, "b": head}) == 0
