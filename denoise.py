@@ -122,8 +122,8 @@ def tuned_recipe(stages):
     print(f"denoise: kept the {kept}: estimated PSNR {found[best]['psnr']:.2f} dB", flush=True)
     images, student = "tuned_out.h5", "tuned.pt"
     if best != "tuned network":
-        kept = ("none",) if best == "noisy" else (known, "--planes")
-        learn(stages, start, kept[0], 0, *kept[1:], *(few if instant else []), name="shipped")
+        law, also = ("none", []) if best == "noisy" else (known, ["--planes"])
+        learn(stages, start, law, 0, *also, *(few if instant else []), name="shipped")
         images, student = "shipped_out.h5", "shipped.pt"
     off = correlation_error(stages, images) if best != "noisy" else 0
     if off > LAWLESS:

@@ -425,7 +425,7 @@ def main(argv=None):
     p.add_argument("--init", help="start from the weights of this student (.pt)")
     training.context_flag(p)
     p.add_argument("--ensemble", type=int, choices=(1, 8), help="mean over 8 symmetries (default 8; 1 with --predict)")
-    p.add_argument("--planes", action="store_true", help="also look at volumes in the two other planes: better, slower")
+    p.add_argument("--planes", action="store_true", help="see volumes in the other planes too; kept in --model")
     p.add_argument("--std", action="store_true", help="also write the standard deviation of what is left unknown")
     p.add_argument("--samples", type=runtime.positive, metavar="N", help="also draw N possible clean images of each")
     p.add_argument("--export", metavar="FILE", help="only write the trained --model as ONNX (.onnx)")

@@ -368,21 +368,22 @@ def measure_file(path, pred=None):
 def differences(volumes, attrs, gains):
     """What differs between repeats of one image: ([noise (S,H,W)], [mean (S,H,W)]) in the units of `volumes`, or None.
 
-    Repeats have the same details, and follow each other, or a volume lies between (labels and controls). attrs: of the
-    volumes. gains: the maps that they were divided by, if they were.
+    Repeats have the same details, and follow each other, or a volume lies between (labels and controls). Most pairs
+    must: one filtered copy does not decide. attrs: of the volumes. gains: the maps that divided them, if any did.
     """
     names, best = list(volumes), None
     units = {n: (attrs[n].get("scale", 1), attrs[n].get("offset", 0), np.asarray(gains.get(n, [1])[:])) for n in names}
     count = max(2, int(PIXELS / np.mean([np.prod(v.shape) for v in volumes.values()])))
     for lag in (1, 2):
         pairs, found = [(a, b) for a, b in zip(names, names[lag:]) if volumes[a].shape == volumes[b].shape], []
-        for pair in pairs[:: max(1, len(pairs) // count)]:
+        pairs = pairs[:: max(1, len(pairs) // count)]
+        for pair in pairs:
             one, other = (volumes[n][:] * units[n][2] * units[n][0] + units[n][1] for n in pair)
             scale, offset, gain = units[pair[0]]
             if data.likeness(np.stack([v[len(v) // 2] for v in (one, other)])) > SAME:
                 mean = ((one + other) / 2 - offset) / scale / gain
                 found.append([v.astype(np.float32) for v in ((one - other) / 2**0.5 / scale / gain, mean)])
-        size = np.mean([np.square(d).mean() for d, _ in found]) if found else np.inf
+        size = np.mean([np.square(d).mean() for d, _ in found]) if 2 * len(found) > len(pairs) else np.inf
         best = (size, *zip(*found)) if size < (best[0] if best else np.inf) else best
     return best and best[1:]
 

@@ -18,16 +18,16 @@ guides use, patches of 64 and batches of 16:
     careamics-structn2v               a square mask of 11 pixels, for noise correlated in all directions
 
 deepinv (Tachella et al.), its losses on its U-Net, Adam 1e-3 (UNSURE 5e-4) as in its examples, on flipped and turned
-crops of 64, 16 at a time. Four scales of half the width that it comes with, no batch norm: of four variants the best of
-Neighbor2Neighbor after 40 s (36.77 dB on the head; with the examples' two scales 35.34, with batch norm 33.64):
+crops of 64, 16 at a time. Four scales of half the width that it comes with, no batch norm: the best of the variants
+that results/budget.md has:
 
     deepinv-r2r, deepinv-sure         recorruption (Monroy et al. 2025) and Stein's estimate, told the noise
     deepinv-unsure                    Stein's estimate with the level learned (Tachella et al. 2025)
     deepinv-nei2nei                   Neighbor2Neighbor
 
 r2r and sure take noise to be white: where it is not, they are told its level. Nothing here is ours but the loop around
-deepinv's losses. r2r, nei2nei and unsure train in bfloat16 autocast, as ours do: three times the steps. The others are
-worse so (Noise2Void on the head after 40 s 30.56 dB, in float32 31.00) and keep float32, as their packages do.
+deepinv's losses. r2r, nei2nei and unsure train in bfloat16 autocast, as ours do; the others are worse so
+(results/budget.md) and keep float32, as their packages do.
 """
 
 import copy

@@ -87,9 +87,9 @@ def classic(stages, method, spec):
 def both(stages, name, model):
     """{name: one evaluation, name+: the mean over the symmetries} of a student, on the test split."""
     flags = [*stages.data, "--predict", "--split", "test", "--model", stages.path(model), *stages.common]
-    pairs = ((name, 1), (f"{name}+", 8))
-    also = ["--planes"] if name.startswith(("instant", "tuned")) else []
-    return {n: stages.run(distill, *flags, *also, "--ensemble", e, out=f"{n}_out.h5") for n, e in pairs}
+    also = ["--planes"] if name.startswith(("instant", "tuned")) else []  # found once, and kept in the model
+    pairs = ((name, [1, *also]), (f"{name}+", [8]))
+    return {n: stages.run(distill, *flags, "--ensemble", *how, out=f"{n}_out.h5") for n, how in pairs}
 
 
 def measured(stages):

@@ -188,10 +188,17 @@ def test_repeats_tell_the_noise(tmp_path):
     assert noise.variance(alone, 0.4) > 4 * noise.variance(found, 0.4)  # from one alone, texture is noise
 
 
-def test_copies_are_no_repeats(tmp_path):
+def test_what_is_no_repeat(tmp_path):
+    """Copies, but for rounding; and one filtered copy among other images: neither tells the noise."""
     rng = np.random.default_rng(0)
     y = textured(rng) + rng.normal(0, 0.01, (6, 96, 96))
-    write_repeats(tmp_path / "one.h5", [y], [1])
-    write_repeats(tmp_path / "copies.h5", [y, y, y], [1, 1, 1])
-    one, copies = (measure.measure_file(tmp_path / f"{name}.h5") for name in ("one", "copies"))
-    np.testing.assert_allclose(noise.variance(copies, 0.4), noise.variance(one, 0.4), rtol=0.2)
+    others = [textured(rng) + rng.normal(0, 0.01, y.shape) for _ in range(3)]
+    sets = dict(one=[y], copies=[y + rng.normal(0, 1e-4, y.shape) for _ in range(3)])
+    for name, volumes in sets.items():
+        write_repeats(tmp_path / f"{name}.h5", volumes, [1] * len(volumes))
+    one, copies = (noise.variance(measure.measure_file(tmp_path / f"{name}.h5"), 0.4) for name in sets)
+    assert abs(copies / one - 1) < 0.2
+    filtered = dict(enumerate([y, gaussian_filter(y, (0, 0.3, 0.3)), *others]))
+    assert data.likeness(np.stack([filtered[0][3], filtered[1][3]])) > measure.SAME
+    assert measure.differences(filtered, {k: {} for k in filtered}, {}) is None
+    assert measure.differences({k: filtered[k] for k in (0, 1)}, {0: {}, 1: {}}, {}) is not None

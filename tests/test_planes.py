@@ -11,8 +11,9 @@ from scipy.ndimage import gaussian_filter
 
 import data
 import denoise
+import distill
 import noise
-from lib import planes
+from lib import planes, training
 
 
 def blobs(shape=(20, 48, 56), seed=0):
@@ -94,6 +95,11 @@ def test_shipped_network_in_three_planes(volumes):
     def errors(path):
         return {k: np.mean(np.square(v[:] - clean[k][:])) for k, v in data.read_volumes(path, "pred").items()}
 
+    one, three = (data.read_volumes(volumes / f"{name}.h5", "pred")["test"][:] for name in ("one", "three"))
+    student = distill.student(volumes / "three.pt")
+    mixed = (1 - student.planes) * one + student.planes * student.beside(data.read_volumes(volumes / "d.h5")["test"])
+    np.testing.assert_allclose(three, mixed, atol=1e-4)
+    assert training.fingerprint(volumes / "one.pt") != training.fingerprint(volumes / "three.pt")
     mse = {name: errors(volumes / f"{name}.h5") for name in ("one", "three")}
     for name in clean:
         assert mse["three"][name] < 0.93 * mse["one"][name]
@@ -108,6 +114,19 @@ def test_shipped_network_in_three_planes(volumes):
     for name, volume in data.read_volumes(volumes / "three.h5", "pred").items():
         np.testing.assert_array_equal(again[name][:], volume[:])
     np.testing.assert_allclose(files, data.read_volumes(volumes / "three.h5", "pred")["test"][:], atol=2e-3)
+
+
+def test_other_planes_are_told_how_the_noise_lies_in_them(volumes):
+    """Correlated along rows alone: what a student makes of each plane is what one told the turned law makes of it."""
+    y, table = {"test": data.read_volumes(volumes[0] / "d.h5")["test"]}, np.zeros((13, 13))
+    table[6, 4:9] = 0.2, 0.6, 1, 0.6, 0.2
+    law = noise.make_noise_model([0.003, 0, 0], table)
+    told = [(law, y), *((planes.turned(law, axis), y) for axis in (1, 2))]
+    here, *turned = (distill.student(denoise.WEIGHTS[2], told=known) for known in told)
+    each = [planes.across(f, y["test"], axis, 2)[0] for axis, f in enumerate(turned, 1)]
+    np.testing.assert_allclose(here.beside(y["test"]), sum(each) / 2, atol=1e-4)
+    untold = planes.across(here.once, y["test"], 2, 2)[0]  # of columns, along which the noise is correlated
+    assert np.abs(untold - each[1]).max() > 0.01
 
 
 def test_single_images_have_one_plane(volumes):
