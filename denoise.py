@@ -237,15 +237,19 @@ def paper_recipe(stages, estimate, rounds=1):
     """The paper: diffusion conditioned on the estimate, SRDS, student of the SRDS mean. Returns (images, student)."""
     suffix = ""
     for k in range(1, rounds + 1):
-        condition = ["--cond", stages.path(estimate)]
-        keep = ["--snapshots", SNAPSHOTS] if k == 1 else []
-        model = stages.train(diffusion, *condition, *keep, model=f"diffusion{suffix}.pt")
-        model = best_snapshot(stages) if keep else model
+        model = conditional_model(stages, estimate, suffix)
         target = sample(stages, estimate, model, f"srds{suffix}_out.h5")
         flags, student = ["--target", stages.path(target)], f"paper{suffix}.pt"
         estimate = stages.train(distill, *flags, out=f"paper{suffix}_out.h5", model=student)
         suffix = f"_round{k + 1}"
     return estimate, student
+
+
+def conditional_model(stages, estimate, suffix=""):
+    """Trains a diffusion model conditioned on the estimate. Returns its name, or that of its best snapshot."""
+    keep = [] if suffix else ["--snapshots", SNAPSHOTS]  # in a later round no network leads from y to the condition
+    model = stages.train(diffusion, "--cond", stages.path(estimate), *keep, model=f"diffusion{suffix}.pt")
+    return best_snapshot(stages) if keep else model
 
 
 def best_snapshot(stages):
@@ -258,10 +262,9 @@ def best_snapshot(stages):
     known = stages.noise_file
     if json.loads((stages.folder / known).read_text())["compressed"]:
         return "diffusion.pt"
-    steps = training.load_checkpoint(stages.path("diffusion.pt"))["args"]["steps"]
-    names = {
-        path.stem: path.name for path in training.snapshots(stages.path("diffusion.pt"), steps, SNAPSHOTS).values()
-    }
+    model = stages.path("diffusion.pt")
+    steps = training.load_checkpoint(model)["args"]["steps"]
+    names = {path.stem: path.name for path in training.snapshots(model, steps, SNAPSHOTS).values()}
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", stages.path(known)]
     flags += ["--slices", 4, "--model"]
     flags += [f"{name}={stages.path('bsn.pt')}+{stages.path(file)}" for name, file in names.items()]

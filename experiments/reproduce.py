@@ -4,7 +4,7 @@
     Out   OUT/<image set>-<noise>[-<correlation>]-s<seed>.json  a cell: PSNR, SSIM, leak, seconds, flags of each method
           OUT/tables.md, figure3.png, figure4.png               of all cells that are there (reproduce_report.py)
 
-    python -m experiments.reproduce --data sets/ --out results/reproduce       # scale small: 2 hours on one core
+    python -m experiments.reproduce --data sets/ --out results/reproduce       # scale small: 5 hours of one core
     python -m experiments.reproduce --table 1 --scale paper --data /data --out results/paper         # a GPU, days
     python -m experiments.reproduce --table m4raw --data sets/ --out results/m4raw   # as Corruption2Self has M4Raw
     python -m experiments.reproduce --table none --out results/reproduce       # only writes the tables again
@@ -14,20 +14,23 @@ sets and all intermediate files. The same command may run several times at once:
 a processor, start one for each core with OMP_NUM_THREADS=1.
 
 Budgets. `--scale small`: every learned method trains for the same time, --budget seconds of one processor core (75).
-The number of steps follows from the milliseconds that a step of each network takes (COST). A blind-spot network alone
-has the whole budget; the paper's recipe has a third for each of its three networks; ours has a third for the blind-spot
-network and the rest for the student; a further round has two thirds again. Supervised training, Noise2Self,
-Neighbor2Neighbor and both students have the same network. `--scale paper`: the preset `paper` of every stage. At both
-scales a network sees one slice at a time, and a student is applied once: `--context 0 --ensemble 1`, as in the paper.
+The number of steps follows from the milliseconds that a step of each network takes (COST). The paper's recipe has the
+budget three times, once for each of its networks, of which the first is the blind-spot network of the tables: with a
+third for each, its diffusion model would stop short of where it begins to pay (results/curves). Ours from scratch has
+a third for its blind-spot network and the rest for the student; a further round has two thirds again. Supervised
+training, Noise2Self, Neighbor2Neighbor and both students have the same network. `--scale paper`: the preset `paper` of
+every stage. At both scales a network sees one slice at a time, and a student is applied once: `--context 0 --ensemble
+1`, as in the paper.
 
 Methods:
 
     nlm                          non-local means, with the noise level that measure.py finds; needs no training
     nlm-calibrated tv wavelet    strength by J-invariance; need no training
+    bm3d bm4d                    told the true noise; run where their packages are (experiments/requirements.txt)
     supervised                   distill.py --target clean
     noise2self nei2nei           baselines.py
     lgbpn puca                   bsn.py; they are told the blind spot: 1, 5 or 9 (Sec. 4.2)
-    paper, paper-2, paper-3      the paper's recipe, told the same; a round starts from what the last one denoised
+    paper, paper-2, paper-3      the paper's recipe, from one of these; a round starts from what the last one denoised
     ours, ours-2, ours-3         recorruption, blind spot and noise measured: denoise.py --recipe scratch
     default                      denoise.py as it comes: the shipped network, tuned, noise measured; with neighbouring
                                  slices and the mean over the symmetries, which no other method here has
@@ -38,6 +41,7 @@ Methods:
 import argparse
 import contextlib
 import fcntl
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -51,7 +55,7 @@ import diffusion
 import distill
 import evaluate
 import noise
-from experiments import baselines, reproduce_data, reproduce_report
+from experiments import baselines, classical, reproduce_data, reproduce_report
 from lib import runtime
 from lib.stages import Stages
 
@@ -107,30 +111,24 @@ class Cell(Stages):
         self.measured_spot = denoise.measure_noise(self, "noise_first.json")["blind_spot"]
         self.spot = {0: 1, 0.5: 5, 1.2: 9}[self.correlation] if self.kind else self.measured_spot  # Sec. 4.2
 
-    def train_blind_spot(self, arch, name, *flags):
+    def train_blind_spot(self, arch, name):
         self.cost[bsn] = arch
-        flags = ["--arch", arch, "--blind-spot", self.spot, *flags]
+        flags = ["--arch", arch, "--blind-spot", self.spot]
         return self.train(bsn, *flags, out=f"{name}_out.h5", model=f"{name}.pt")
 
-    def condition(self, ours=False):
-        """The estimate that a recipe starts from: at the paper's scale by PUCA, or LG-BPN for correlated noise.
-
-        Ours has the blind spot that was measured; all others are told (Sec. 4.2).
-        """
-        arch, told = "lgbpn" if self.scale == "paper" and self.correlation else "puca", self.spot
-        if ours:
-            self.spot = self.measured_spot
-        return self.train_blind_spot(arch, "bsn" if self.spot == told else "bsn_measured")
+    def conditioning(self):
+        """The blind-spot network that recipes start from: PUCA; at the paper's scale LG-BPN for correlated noise."""
+        return "lgbpn" if self.scale == "paper" and self.correlation else "puca"
 
     def make(self, method):
         """Runs a method; returns the name of its prediction file."""
         self.changed = False
-        self.shares = {bsn: 1 / 3, diffusion: 1 / 3, distill: 1 / 3}
+        self.shares = {bsn: 1, diffusion: 1, distill: 1}
         self.cost = {bsn: "puca", diffusion: "diffusion", distill: "student"}
         self.make_noisy()
         asks = method in ("nlm", "default") or method.startswith("ours") or not self.kind  # for the measured noise
         self.used = [self.noise_file] if asks else []
-        if method in (*baselines.CLASSICAL, *baselines.PRESETS, *bsn.NETWORKS, "supervised"):
+        if method in (*baselines.CLASSICAL, *baselines.PRESETS, *bsn.NETWORKS, *classical.METHODS, "supervised"):
             return self.make_rival(method)
         if method == "default":
             steps = 1000 * self.budget / COST["default"] if self.scale == "small" else denoise.TUNING_STEPS
@@ -140,10 +138,12 @@ class Cell(Stages):
             shutil.copyfile(self.path(kept), self.path("default_out.h5"))
             return "default_out.h5"
         recipe, _, rounds = method.partition("-")
-        estimate = self.condition(ours=recipe == "ours")
-        if recipe == "ours":
-            self.shares[distill], self.cost[distill] = 2 / 3, "recorrupted"
+        if recipe == "ours":  # it measures its blind spot; all others are told (Sec. 4.2)
+            self.spot, self.cost[distill] = self.measured_spot, "recorrupted"
+            self.shares |= {bsn: 1 / 3, distill: 2 / 3}
+            estimate = self.train_blind_spot(self.conditioning(), "ours_bsn")
             return denoise.recorrupted_recipe(self, estimate, int(rounds or 1))[0]
+        estimate = self.train_blind_spot(self.conditioning(), "bsn")
         if recipe == "paper":
             return denoise.paper_recipe(self, estimate, int(rounds or 1))[0]
         return self.make_ablation(method, estimate)
@@ -154,13 +154,14 @@ class Cell(Stages):
         if method in baselines.CLASSICAL:
             known = ["--noise", self.path(self.noise_file)] if method == "nlm" else []
             return self.run(baselines, *self.data, "--method", method, *known, *test, out=out)
+        if method in classical.METHODS:
+            told = f"{self.kind}:{reproduce_data.LEVELS[self.dataset][self.kind]}:{self.correlation}"
+            return self.run(classical, *self.data, "--method", method, "--noise", told, *test, out=out)
         if method in baselines.PRESETS:
             self.shares, self.cost = {baselines: 1}, {baselines: method}
             return self.train(baselines, "--method", method, *test, out=out, model=f"{method}.pt")
         if method in bsn.NETWORKS:
-            self.shares[bsn] = 1
-            return self.train_blind_spot(method, method, *test)
-        self.shares[distill] = 1
+            return self.train_blind_spot(method, "bsn" if method == self.conditioning() else method)
         return self.train(distill, "--target", "clean", *test, out=out, model=f"{method}.pt")
 
     def make_ablation(self, method, estimate):
@@ -168,7 +169,7 @@ class Cell(Stages):
         name = method.removeprefix("kd-")
         flags = [] if name == "srds" else ["--mode", "pair" if name == "srds25" else "single"]
         flags += ["--steps", 25, "--split", "test"] if name.endswith("25") else []
-        checkpoint = self.train(diffusion, "--cond", self.path(estimate), model="diffusion.pt")
+        checkpoint = denoise.conditional_model(self, estimate)
         sampled = denoise.sample(self, estimate, checkpoint, f"{name}_out.h5", *flags)
         if name == method:
             return sampled
@@ -238,7 +239,7 @@ def run_cell(args, cell, methods):
             return failed
         stages = Cell(args, cell, folder)
         found = read_cell(path, args, cell, stages.images)
-        for method in [method for method in methods if method not in found["methods"]]:
+        for method in [method for method in methods if method not in found["methods"] and can_run(method, cell)]:
             print(f"{name}: {method}", flush=True)
             try:
                 if "noisy" not in found["methods"]:
@@ -250,6 +251,15 @@ def run_cell(args, cell, methods):
                 print(f"reproduce.py: {name}: {method} failed: {error}", file=sys.stderr, flush=True)
                 failed.append(method)
     return failed
+
+
+def can_run(method, cell):
+    """Whether a method that is told the noise has a package here, a noise to be told and, BM4D, volumes."""
+    if method not in classical.METHODS:
+        return True
+    dataset, kind, *_ = cell
+    volumes = method != "bm4d" or dataset not in reproduce_data.FLAT
+    return bool(kind and volumes and importlib.util.find_spec(classical.METHODS[method]))
 
 
 def wanted_cells(args, sets):

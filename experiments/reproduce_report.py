@@ -17,11 +17,12 @@ from scipy.stats import wilcoxon
 
 import evaluate
 from experiments import reproduce_figures
-from experiments.reproduce_data import METHODS, RIVALS, TITLES, cells, key_of, name_of
+from experiments.reproduce_data import METHODS, RIVALS, TITLES, TOLD, cells, key_of, name_of
 from lib import runtime
 
 NAMES = {
-    "noisy": "Noisy", "supervised": "Supervised", "nlm": "Non-local means, level measured",
+    "noisy": "Noisy", "bm3d": "BM3D, told", "bm4d": "BM4D (3D), told", "supervised": "Supervised",
+    "nlm": "Non-local means, level measured",
     "nlm-calibrated": "Non-local means, calibrated", "tv": "Total variation, calibrated",
     "wavelet": "Wavelets, calibrated", "noise2self": "Noise2Self", "lgbpn": "LG-BPN", "puca": "PUCA",
     "nei2nei": "Neighbor2Neighbor", "paper": "Paper's recipe", "paper-2": "Paper's recipe, round 2",
@@ -123,7 +124,7 @@ class Column:
 
     def best(self, methods, measure):
         """The self-supervised method of the highest mean, if it is above each of the others at p < 0.05, else None."""
-        rivals = [m for m in methods if m not in ("noisy", "supervised")]
+        rivals = [m for m in methods if m not in ("noisy", "supervised", *TOLD)]
         if not self.has(*rivals) or len(rivals) < 2:
             return None
         first = max(rivals, key=lambda m: self.mean(m, measure))
@@ -138,7 +139,7 @@ def columns(runs, table):
         found = [run for run in runs if (*key_of(run), run["seed"]) == (*key, seed)]
         if any(m in run["methods"] for run in found for m in own):
             groups.setdefault(tuple(key), []).extend(found)
-    complete = {k: [r for r in group if set(METHODS[table]) <= set(r["methods"])] for k, group in groups.items()}
+    complete = {k: [r for r in group if set(METHODS[table]) <= {*r["methods"], *TOLD}] for k, group in groups.items()}
     return [Column(complete[key] or group[:1]) for key, group in groups.items()]
 
 
