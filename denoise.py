@@ -237,8 +237,7 @@ def paper_recipe(stages, estimate, rounds=1):
     """The paper: diffusion conditioned on the estimate, SRDS, student of the SRDS mean. Returns (images, student)."""
     suffix = ""
     for k in range(1, rounds + 1):
-        model = conditional_model(stages, estimate, suffix)
-        target = sample(stages, estimate, model, f"srds{suffix}_out.h5")
+        target = sample(stages, estimate, conditional_model(stages, estimate, suffix), f"srds{suffix}_out.h5")
         flags, student = ["--target", stages.path(target)], f"paper{suffix}.pt"
         estimate = stages.train(distill, *flags, out=f"paper{suffix}_out.h5", model=student)
         suffix = f"_round{k + 1}"
@@ -266,8 +265,7 @@ def best_snapshot(stages):
     steps = training.load_checkpoint(model)["args"]["steps"]
     names = {path.stem: path.name for path in training.snapshots(model, steps, SNAPSHOTS).values()}
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", stages.path(known)]
-    flags += ["--slices", 4, "--model"]
-    flags += [f"{name}={stages.path('bsn.pt')}+{stages.path(file)}" for name, file in names.items()]
+    flags += ["--slices", 4, "--model", *(f"{k}={stages.path('bsn.pt')}+{stages.path(v)}" for k, v in names.items())]
     found = estimate(stages, flags, "stopping.json")
     best = max(names, key=lambda name: found[name]["psnr"])
     print(f"denoise: kept {best}: estimated PSNR of its pair {found[best]['psnr']:.2f} dB", flush=True)
@@ -311,8 +309,7 @@ def train(stages, recipe, rounds):
 
 def report(stages):
     """Prints what can be told of the denoised images without clean ones."""
-    folder = stages.folder
-    print(f"\nThe student: {folder / 'student.pt'}; the dataset, denoised: {folder / 'denoised.h5'}\n")
+    print(f"\nThe student: {stages.path('student.pt')}; the dataset, denoised: {stages.path('denoised.h5')}\n")
     flags = ["--pred", f"denoised={stages.path(stages.judged)}", "--split", "all"]
     flags += ["--noise", stages.path(stages.noise_file)]
     try:

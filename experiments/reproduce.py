@@ -111,9 +111,9 @@ class Cell(Stages):
         self.measured_spot = denoise.measure_noise(self, "noise_first.json")["blind_spot"]
         self.spot = {0: 1, 0.5: 5, 1.2: 9}[self.correlation] if self.kind else self.measured_spot  # Sec. 4.2
 
-    def train_blind_spot(self, arch, name):
+    def train_blind_spot(self, arch, name, *flags):
         self.cost[bsn] = arch
-        flags = ["--arch", arch, "--blind-spot", self.spot]
+        flags = ["--arch", arch, "--blind-spot", self.spot, *flags]
         return self.train(bsn, *flags, out=f"{name}_out.h5", model=f"{name}.pt")
 
     def conditioning(self):
@@ -161,7 +161,7 @@ class Cell(Stages):
             self.shares, self.cost = {baselines: 1}, {baselines: method}
             return self.train(baselines, "--method", method, *test, out=out, model=f"{method}.pt")
         if method in bsn.NETWORKS:
-            return self.train_blind_spot(method, "bsn" if method == self.conditioning() else method)
+            return self.train_blind_spot(method, *(["bsn"] if method == self.conditioning() else [method, *test]))
         return self.train(distill, "--target", "clean", *test, out=out, model=f"{method}.pt")
 
     def make_ablation(self, method, estimate):
