@@ -168,6 +168,17 @@ def test_claims():
     assert f"{against}refuted |" in lines and "not seen" not in lines
 
 
+def test_gains_over_image_sets():
+    """Mean and standard error over the sets of a kind of noise, and of how many; BM4D has no single images."""
+    base = np.linspace(30, 34, 8)
+    cells = [made_up("gaussian", 0, noisy=base, nlm=base + k, bm4d=base + 5) for k in (1, 2, 6)]
+    del cells[2]["methods"]["bm4d"]
+    lines = reproduce_report.over_sets([reproduce_report.Column([cell]) for cell in cells])
+    error = np.std([1, 2, 6], ddof=1) / 3**0.5
+    assert f"| Non-local means, level measured | +3.00 ± {error:.2f} (3) |" in lines
+    assert "| BM4D (3D), told | +5.00 ± 0.00 (2) |" in lines and not any("PUCA" in line for line in lines)
+
+
 def test_partial_cells_claim_nothing():
     """Where a rival has not run yet, nothing is bold and no claim about the best is made; other budgets do not mix."""
     base = np.linspace(30, 34, 12)
