@@ -31,6 +31,7 @@ Methods:
     noise2self nei2nei           baselines.py
     lgbpn puca                   bsn.py; they are told the blind spot: 1, 5 or 9 (Sec. 4.2)
     paper, paper-2, paper-3      the paper's recipe, from one of these; a round starts from what the last one denoised
+    posterior                    the same blind-spot network, then posterior.py, noise measured
     ours, ours-2, ours-3         recorruption, blind spot and noise measured: denoise.py --recipe scratch
     default                      denoise.py as it comes: the shipped network, tuned, noise measured; with neighbouring
                                  slices and the mean over the symmetries, which no other method here has
@@ -55,6 +56,7 @@ import diffusion
 import distill
 import evaluate
 import noise
+import posterior
 from experiments import baselines, classical, reproduce_data, reproduce_report
 from lib import runtime
 from lib.stages import Stages
@@ -144,6 +146,10 @@ class Cell(Stages):
             estimate = self.train_blind_spot(self.conditioning(), "ours_bsn")
             return denoise.recorrupted_recipe(self, estimate, int(rounds or 1))[0]
         estimate = self.train_blind_spot(self.conditioning(), "bsn")
+        if method == "posterior":
+            denoise.measure_noise(self, "noise_bsn.json", "--pred", self.path(estimate))
+            flags = ["--pred", self.path(estimate), "--noise", self.path(self.noise_file)]
+            return self.run(posterior, *self.data, *flags, out="posterior_bsn_out.h5")
         if recipe == "paper":
             return denoise.paper_recipe(self, estimate, int(rounds or 1))[0]
         return self.make_ablation(method, estimate)

@@ -30,7 +30,7 @@ import numpy as np
 import data
 import noise
 
-RIVALS = ["supervised", "nlm", "lgbpn", "puca", "nei2nei", "paper", "ours", "default"]
+RIVALS = ["supervised", "nlm", "lgbpn", "puca", "nei2nei", "paper", "posterior", "ours", "default"]
 TOLD = ["bm3d", "bm4d"]  # the true noise; not everywhere
 METHODS = {  # {table: methods, as reproduce.py names them}
     1: [*TOLD, *RIVALS[:2], "nlm-calibrated", "tv", "wavelet", "noise2self", *RIVALS[2:]],
@@ -38,7 +38,7 @@ METHODS = {  # {table: methods, as reproduce.py names them}
     3: RIVALS,
     4: ["paper", "paper-2", "paper-3", "ours", "ours-2", "ours-3"],
     5: ["nlm", "single", "srds", "kd-single", "paper", "single25", "srds25"],
-    "m4raw": ["supervised", "nlm", "noise2self", "nei2nei", "puca", "paper", "ours", "default"],
+    "m4raw": ["supervised", "nlm", "noise2self", "nei2nei", "puca", "paper", "posterior", "ours", "default"],
 }
 CORRELATIONS = (0.5, 1.2)
 MRI = {"gaussian": "6/255", "poisson": "200", "gamma": "100"}
