@@ -35,6 +35,7 @@ from lib.crops import (  # noqa: F401
     around,
     check_crop,
     enlarge,
+    evenly,
     least_likeness,
     likeness,
     mean_over_symmetries,
@@ -60,10 +61,17 @@ class Streamed:
     """An (S,H,W) dataset left on disk: reads, and checks, only what is asked for. title: how errors name it."""
 
     def __init__(self, dataset, title):
-        self.dataset, self.title, self.shape, self.dtype = dataset, title, dataset.shape, dataset.dtype
+        self.dataset, self.title = dataset, title
+        self.shape, self.size, self.dtype = dataset.shape, dataset.size, dataset.dtype
+
+    def __len__(self):
+        return self.shape[0]
 
     def __getitem__(self, index):
         return files.check_finite(self.dataset[index], self.title)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self[:], dtype)
 
 
 def split_of(group):
@@ -129,7 +137,7 @@ def read_attrs(path):
 
 
 def to_learn_from(path):
-    """"train", or None for all volumes if a dataset has no such split."""
+    """ "train", or None for all volumes if a dataset has no such split."""
     splits = {one.get("split", "train") for one in read_attrs(path)[1].values()}
     return "train" if "train" in splits else None
 
@@ -336,9 +344,10 @@ def write_dataset(path, volumes, shares, args, patch=None):
     names, groups = set(), []
     with write_volumes(path, "dataset", "import", args) as add:
         for volume in itertools.chain(few, volumes):
-            name, number = volume.name.replace("/", "_"), 2
+            name = first = volume.name.replace("/", "_")
+            number = 2
             while name in names:
-                name, number = f"{volume.name}-{number}", number + 1
+                name, number = f"{first}-{number}", number + 1
             names.add(name)
             values, scale, offset = files.normalize(volume)
             arrays = dict(noisy=values)
@@ -348,6 +357,7 @@ def write_dataset(path, volumes, shares, args, patch=None):
                 block = name if entire or end - first == len(values) else f"{name}_{first:03d}-{end - 1:03d}"
                 stacks = [files.patches(a[first:end], patch) for a in arrays.values()]
                 attrs = dict(split=split, scale=scale, offset=offset, source=volume.source)
+                attrs |= dict(whole=volume.whole, place=volume.place) if volume.place else {}
                 written = add(block, stacks[0].shape, list(arrays), **attrs, fingerprint=fingerprint(stacks[0]))
                 for array, stack in zip(written, stacks):
                     array[:] = stack
@@ -377,9 +387,12 @@ def import_images(args):
     shares = split_shares(args.split)
     options = args.key, args.acquisition, args.reference, args.source == "brain", args.slices
     volumes, problems = files.read_sources(args.sources, *options)
+    first = next(volumes, None)
+    if first is None:
+        raise ValueError(problems[0])
+    write_dataset(args.out, itertools.chain([first], volumes), shares, vars(args), args.patch)
     for problem in problems:
         print(f"left out: {problem}", flush=True)
-    write_dataset(args.out, volumes, shares, vars(args), args.patch)
 
 
 def main(argv=None):

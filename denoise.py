@@ -76,7 +76,7 @@ def measure_noise(stages, out, *flags):
 
 def estimate(stages, flags, out):
     """evaluate.main with these flags; returns what it wrote to `out` (.json), such as estimated PSNRs."""
-    flags = [*map(str, flags), "--json", stages.path(out)]
+    flags = [*map(str, [*flags, *stages.common]), "--json", stages.path(out)]
     stages.once(evaluate.main, flags, out, f"python evaluate.py {shlex.join(flags)}")
     return json.loads((stages.folder / out).read_text())
 
@@ -142,7 +142,7 @@ def correlation_error(stages, images):
     law = noise.parse_noise_model(stages.path(stages.noise_file))
     noisy, out = data.read_volumes(stages.data[1]), data.read_matching(stages.path(images), stages.data[1])
     every = [(name, s) for name, volume in out.items() for s in range(volume.shape[0])]
-    some = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, 8).round().astype(int))]
+    some = [every[i] for i in data.evenly(len(every), 8)]
     return float(np.median([evaluate.no_reference(noisy[n][s], out[n][s], law)["correlation error"] for n, s in some]))
 
 
@@ -183,31 +183,15 @@ def divide(stages):
     return True
 
 
-def given_map(path):
-    """`noise_map` of lib/apply.py, (S,H,W) to blocks (S,H/8,W/8), from an image of the noise's deviation."""
-    volume = next(files.read_sources([path])[0])
-    sigma = np.nan_to_num(volume.slices.astype(np.float32), posinf=0, neginf=0)
-    if not sigma.max() > 0:
-        raise ValueError(f"--noise-map {path}: no deviation is above 0")
-    blocks = noise.in_squares(np.where(sigma > 0, sigma / sigma[sigma > 0].mean(), 1))
-
-    def gains(images):
-        if images.shape != sigma.shape:
-            shapes = ("x".join(map(str, a.shape)) for a in (sigma, images))
-            raise ValueError("--noise-map {} is {}, the images are {}".format(path, *shapes))
-        return blocks
-
-    return gains
-
-
 def write_given_map(stages, argv):
     """Writes map.h5, `gain` of every volume, from the image argv[0]."""
-    gains, noisy = given_map(argv[0]), data.read_volumes(stages.data[1])
+    gains, attrs = files.given_map(argv[0]), data.read_attrs(stages.data[1])[1]
     with data.write_volumes(stages.path("map.h5"), "prediction", "denoise", {}, like=stages.data[1]) as add:
-        for name, volume in noisy.items():
-            (kept,) = add(name, volume.shape, ["gain"])
-            for s, blocks in enumerate(gains(volume)):
-                kept[s] = data.enlarge(blocks, volume.shape[1:])
+        for name, volume in data.read_volumes(stages.data[1]).items():
+            (kept,), (_, h, w) = add(name, volume.shape, ["gain"]), volume.shape
+            whole, (first, top, left) = attrs[name].get("whole", volume.shape), attrs[name].get("place", (0, 0, 0))
+            for s, blocks in enumerate(gains(whole)[first : first + len(volume)]):
+                kept[s] = data.enlarge(blocks, whole[1:])[top : top + h, left : left + w]
 
 
 def shipped(stages):
@@ -283,20 +267,25 @@ RECIPES = {"scratch": recorrupted_recipe, "paper": paper_recipe}
 
 def choose_recipe(stages, recipe):
     """The recipe to run: the one asked for or, for `auto`, the one that suits; says which, and why."""
-    if recipe != "auto":
-        return recipe
-    recipe, why = "tuned", ""
-    if measure_noise(stages, "noise_first.json")["compressed"]:
-        recipe, why = "paper", ": the images were stored as JPEG"
-    elif getattr(stages.args, "context", "auto") not in ("auto", *WEIGHTS):
-        recipe, why = "scratch", f": weights/ has networks of context {' and '.join(map(str, WEIGHTS))}"
-    print(f"denoise: recipe {recipe}{why}", flush=True)
+    auto, other = recipe == "auto", getattr(stages.args, "context", "auto") not in ("auto", *WEIGHTS)
+    none = f": weights/ has networks of context {' and '.join(map(str, WEIGHTS))}" if other else ""
+    if auto:
+        jpeg = measure_noise(stages, "noise_first.json")["compressed"]
+        recipe, why = ("paper", ": the images were stored as JPEG") if jpeg else ("scratch" if other else "tuned", none)
+        print(f"denoise: recipe {recipe}{why}", flush=True)
+    elif recipe == "tuned" and other:
+        raise ValueError(f"--recipe tuned --context {stages.args.context}{none}")
+    for flag in ("instant", "noise_map") if auto and recipe != "tuned" else ():
+        if getattr(stages.args, flag, None):
+            raise ValueError(f"--{flag.replace('_', '-')} is for the recipe tuned, not {recipe}{why}")
     return recipe
 
 
 def train(stages, recipe, rounds):
     """Runs a recipe; leaves denoised.h5 and student.pt in the folder. Returns the name of the recipe that was run."""
     recipe = choose_recipe(stages, recipe)
+    if recipe == "tuned" and rounds > 1:
+        raise ValueError(f"--rounds {rounds} is for the recipes scratch and paper: tuned has one")
     if recipe == "tuned":
         images, student = tuned_recipe(stages)
     else:
@@ -349,12 +338,14 @@ def denoise_files(args, held):
     jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, sides, args.bids, share)
     held.enter_context(record.lock(work, share))
     if args.noise_map:
-        given_map(args.noise_map)  # refused before anything is done
+        files.given_map(args.noise_map)  # refused before anything is done
     if not args.model:
         stages, recipe = train_on_files(args, jobs, work, problems)
         if recipe == "paper":
-            without = [f"--{name}" for name in ("std", "noise") if name in sides]
-            std, jobs = False, [job._replace(sides=apply.without(job.sides, "std", "noise")) for job in jobs]
+            asked = {"--std": std, "--noise-map-out": args.noise_map_out, "--bias-correct": args.bias_correct}
+            without, std = [flag for flag, given in asked.items() if given], False
+            args.noise_map_out = args.bias_correct = False
+            jobs = [job._replace(sides=apply.without(job.sides, "std", "noise")) for job in jobs]
             problems += [f"{name}: the recipe paper has no noise model, from which it would follow" for name in without]
         student = distill.student(model_path, *options, std=std)
     law = json.loads((work / stages.noise_file).read_text()) if stages and recipe != "paper" else student.noise_model
@@ -364,7 +355,8 @@ def denoise_files(args, held):
         raise ValueError("--bias-correct: the noise model knows no air: no magnitude images, or none without signal")
     evaluate.equip(student, law, args.noise_map_out, args.bias_correct)
     if args.noise_map:
-        student.noise_map = given_map(args.noise_map)
+        gains = files.given_map(args.noise_map)
+        student.noise_map = lambda volume: gains(volume.shape)
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}"
     method += ", bias corrected" if args.bias_correct else ""
     told = dict(Method=method, Parameters={"Ensemble": options[-1]}, NoiseModel=student.noise_model)
@@ -375,7 +367,7 @@ def denoise_files(args, held):
         report(stages)
     shown = out / f"report{record.suffix(share)}.html"
     if not stop and (counts[0] or not shown.exists()):
-        secrets = [] if args.with_names else [*args.inputs, args.out, args.model, args.key]
+        secrets = [] if args.with_names else [*args.inputs, args.out, args.model, args.key, args.noise_map]
         facts = [("command", page.typed(["denoise.py", *sys.argv[1:]], secrets)), ("recipe", recipe)]
         facts += [("student", training.fingerprint(model_path)), ("seed", args.seed), ("versions", page.versions())]
         facts += [("seconds", f"{time.monotonic() - began:.0f}")]

@@ -270,8 +270,7 @@ def load_noise_model(args, checkpoint):
         raise ValueError(f"{args.model} was not trained by recorruption: it cannot resume so")
     if not args.strength > 0:
         raise ValueError(f"--strength {args.strength:g} is not positive")
-    known = checkpoint and checkpoint["extra"]["noise"]
-    known = known or measure.load_noise_model(args.noise or "measured", args.data, args.pred)
+    known = checkpoint["extra"]["noise"] if checkpoint else measure.load_noise_model(args.noise, args.data, args.pred)
     runtime.print_once(f"distill: {measure.summary(known)}")
     return known
 
@@ -312,10 +311,10 @@ def train(args, checkpoint=None):
     extra, context = dict(crop=args.crop, noise=noise_model), model_args.get("context", 0)
     run = training.Training("distill", args, checkpoint, network, model_args=model_args, extra=extra, inputs=inputs)
     joint = noise_model and any(noise_model.get("through", ()))  # the noise of the neighbours is not independent
-    contexts = [context, context if joint else 0][: len(stacks)]
+    contexts, turns = [context, context if joint else 0][: len(stacks)], noise.turns(noise_model)
     unchanged = lambda y: y[:, context, None]  # noqa: E731  the trivial network
     for step in run.steps():
-        y, *more = data.random_crops(stacks, args.batch, args.crop, run.rng(step), run.rank, run.world, contexts)
+        y, *more = data.random_crops(stacks, args.batch, args.crop, run.rng(step), run.rank, run.world, contexts, turns)
         if noise_model:
             rngs = [run.rng(step, 1, j) for j in range(run.rank, args.batch, run.world)]
             own = y[:, context, None]
@@ -333,11 +332,11 @@ def train(args, checkpoint=None):
 def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, told=None, std=False):
     """The denoiser that a checkpoint holds: callable, (B,2k+1,H,W) noisy to (B,1,H,W) denoised, both on the CPU.
 
-    Attributes: context k, noise_model, and once: itself without ensemble and std. ensemble: 8 for the mean over flips
-    and, but where rows and columns have different noise, quarter turns. Large images go in tiles: a run takes about
-    `memory` bytes beside its start. told: (noise model, {name: (S,H,W) noisy}), for a network of weights/. std:
-    (B,2,H,W), with noise.deviation, nine times as slow. Raises ValueError for one that must be told the noise.
-    beside and planes: what it makes of a volume in the two other planes, and their weight (planes.equip).
+    ensemble: 8 for the mean over flips and, but where rows and columns have different noise, quarter turns. Large
+    images go in tiles: a run takes about `memory` bytes beside its start. told: (noise model, {name: (S,H,W) noisy}),
+    for a network of weights/. std: (B,2,H,W), with noise.deviation, nine times as slow. Attributes: context k,
+    noise_model, once (itself without ensemble and std), beside and planes (the two other planes of a volume and their
+    weight, planes.equip). Raises ValueError for one that must be told the noise.
     """
     device = runtime.pick_device(device)
     network, checkpoint = training.load_network(build_network, path, "distill", device)
@@ -351,7 +350,6 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
     arguments, crop = checkpoint["model_args"], checkpoint["extra"]["crop"]
     network.pool_locally(crop)
     side, overlap = data.tiling(BYTES[type(network)] * arguments["width"], crop, memory)
-    turns = not known or bool(np.ptp(np.subtract(known["correlation"], np.transpose(known["correlation"]))) < 0.2)
 
     def across(axis):
         """The denoiser of slices across an axis of the volume, told how the noise lies in them."""
@@ -369,7 +367,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
     once = across(0)
 
     def denoise(y):
-        x = data.mean_over_symmetries(once, y, turns) if ensemble == 8 else once(y)
+        x = data.mean_over_symmetries(once, y, noise.turns(known)) if ensemble == 8 else once(y)
         rngs = [runtime.step_rng(0) for _ in y]  # the same for each slice: what is written depends on y alone
         return torch.cat([x, noise.deviation(known, once, y, x, rngs)], 1) if std else x
 
@@ -395,7 +393,7 @@ def predict(args):
     denoise = student(args.model, args.device, args.precision, ensemble=args.ensemble, told=told, std=std)
     data.choose_context(denoise.context, noisy)
     if args.samples:
-        return write_samples(args, denoise, noisy)
+        return runtime.first_alone(write_samples, args, denoise, noisy)
     image, keys = planes.mixed(denoise, noisy), ["pred", "std"][: 1 + std]
     data.write_predictions(args, "distill", args.data, noisy, image, keys, context=denoise.context)
 
@@ -439,10 +437,12 @@ def main(argv=None):
     args.ensemble = args.ensemble or (1 if args.predict else 8)
     if not (args.predict or args.target):
         raise ValueError("--target is needed for training: a prediction file, recorrupted, or clean")
+    if args.predict and args.planes:
+        raise ValueError("--planes is for training, which adds their weight to --model; --predict leaves that alone")
     if not args.predict:
         train(args, training.resolve_args(args, PRESETS, "distill"))
     if args.planes:
-        weigh_planes(args)
+        runtime.first_alone(weigh_planes, args)
     predict(args)
 
 

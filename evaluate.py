@@ -22,7 +22,6 @@ Without a clean image, the noise model (noise.py) says what y - output should lo
                  blind-spot network sqrt(|y - output|^2 - s2), by J-invariance
 """
 
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -31,8 +30,6 @@ import numpy as np
 import torch
 from scipy.interpolate import interp1d
 from scipy.ndimage import gaussian_filter
-from scipy.stats import wilcoxon
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 import bsn
 import data
@@ -43,19 +40,7 @@ import posterior
 import srds
 from lib import formats, panels, report, residual, runtime
 from lib.residual import verdict
-
-PROTOCOL = "PSNR (dB) and SSIM: scikit-image, data_range 1, 7x7 window, per slice, not clipped; mean ± sd over slices."
-
-
-def psnr_ssim(x, clean):
-    """(PSNR in dB, SSIM) of one slice x (H,W) against the clean one; range 1, no clipping."""
-    return peak_signal_noise_ratio(clean, x, data_range=1.0), structural_similarity(clean, x, data_range=1.0)
-
-
-def leak(x, clean, noisy):
-    """Share of the noise that is left in x: <x - clean, n> / <n, n>, n = noisy - clean. Arrays of any equal shape."""
-    n = np.asarray(noisy, np.float64) - clean
-    return float(((x - clean) * n).sum() / (n * n).sum())
+from lib.scores import PROTOCOL, comparisons, leak, markdown, psnr_ssim, summary  # noqa: F401  used from here
 
 
 def score(path, pred, split):
@@ -77,34 +62,6 @@ def score(path, pred, split):
     if not rows:
         raise ValueError(f"no slice of the {split} split of {path} has any noise: noisy and clean are equal")
     return dict(zip(("psnr", "ssim", "leak"), np.array(rows).T))
-
-
-def summary(slices):
-    """The measures of one method as plain numbers."""
-    p, s = slices["psnr"], slices["ssim"]
-    return dict(psnr=p.mean(), psnr_sd=p.std(), ssim=s.mean(), ssim_sd=s.std(), leak=slices["leak"].mean(), n=len(p))
-
-
-def markdown(methods):
-    """The table of {method: per-slice measures}, with the protocol, and the pairs that the slices cannot tell apart."""
-    lines = ["| method | PSNR | SSIM | leak |", "|---|---|---|---|"]
-    for name, slices in methods.items():
-        m = summary(slices)
-        psnr, ssim = (f"{m[k]:.{d}f} ± {m[k + '_sd']:.{d}f}" for k, d in (("psnr", 2), ("ssim", 4)))
-        lines.append(f"| {name} | {psnr} | {ssim} | {m['leak']:.3f} |")
-    n = len(next(iter(methods.values()))["psnr"])
-    lines += ["", f"{n} slices. {PROTOCOL}"]
-    if len(methods) > 1:
-        weak = [f"{a} / {b} p = {p:.2g}" for (a, b), p in comparisons(methods).items() if p >= 0.001]
-        others = "all other pairs p < 0.001" if weak else "all pairs p < 0.001"
-        lines.append(f"Paired Wilcoxon test of PSNR, two-sided: {'; '.join([*weak, others])}.")
-    return "\n".join(lines)
-
-
-def comparisons(methods):
-    """{(method, method): p} of the paired Wilcoxon test on the PSNR of each slice."""
-    gaps = {(a, b): methods[a]["psnr"] - methods[b]["psnr"] for a, b in itertools.combinations(methods, 2)}
-    return {pair: float(wilcoxon(gap).pvalue) if np.any(gap) else 1.0 for pair, gap in gaps.items()}
 
 
 def calibration(path, pred, split):
@@ -176,7 +133,7 @@ def estimate(denoise, noisy, noise_model, slices=24, seed=0):
     differs from place to place (standard deviation of the logarithm of noise.gain).
     """
     context, every = getattr(denoise, "context", 0), [(name, s) for name, v in noisy.items() for s in range(v.shape[0])]
-    some = [every[i] for i in np.unique(np.linspace(0, len(every) - 1, slices).round().astype(int))]
+    some = [every[i] for i in data.evenly(len(every), slices)]
     stacks = (data.read_around(noisy[name], s, context) for name, s in some)
     return estimate_stacks(denoise, stacks, noise_model, seed)
 
@@ -204,7 +161,7 @@ def noise_map(denoise, volume, noise_model, most=12):
     that depends on the intensities, which are divided too, would move with every round.
     """
     context, (count, *shape) = getattr(denoise, "context", 0), volume.shape
-    chosen = np.unique(np.linspace(0, count - 1, min(count, most) if context else count).round().astype(int))
+    chosen = data.evenly(count, most if context else count)
     apart = (count - 1) / max(len(chosen) - 1, 1) if context else None
     total = np.ones((count, *(-(-n // noise.BLOCK) for n in shape)))
     level = np.mean([noise.variance(noise_model, volume[s]).mean() for s in chosen])
@@ -242,7 +199,7 @@ def equip(student, law, level=False, signal=False):
 def write_noise_map(args, model, noise_model):
     """Writes `gain` (S,H,W) of every volume: by what factor the noise is stronger there than the model says."""
     noisy = data.read_volumes(args.data, "noisy", args.split)
-    denoise = runnable(model, 1, (noise_model, noisy))
+    denoise = runnable(model, args, (noise_model, noisy))
     with data.write_volumes(args.noise_map_out, "prediction", "evaluate", vars(args), args.data, noise_model) as add:
         maps = [noise_map(denoise, v, noise_model) for v in runtime.progress(noisy.values(), "noise map")]
         typical = np.exp(np.mean([np.log(blocks).mean() for blocks in maps]))  # that is for the model to say
@@ -281,7 +238,7 @@ def write_page(args, preds, models, noise_model):
     (file,), denoise = preds.values(), next(iter(models.values()), None)
     noisy = data.read_volumes(args.data, "noisy", args.split)
     out = data.read_matching(file, args.data, split=args.split)
-    tools = report_tools(noise_model, denoise and runnable(denoise, args.ensemble, (noise_model, noisy)))
+    tools = report_tools(noise_model, denoise and runnable(denoise, args, (noise_model, noisy), args.ensemble))
     attrs, views = data.read_attrs(args.data)[1], {}
     for name in out:
         mapped = float(attrs[name].get("scale", 1)), float(attrs[name].get("offset", 0))
@@ -331,19 +288,24 @@ def report_without_reference(path, preds, split, noise_model):
     return results
 
 
-def runnable(text, ensemble, told):
-    """The denoiser (B,2k+1,H,W) to (B,1,H,W) of student.pt, or of bsn.pt+diffusion.pt: the SRDS pair of the two."""
-    path, _, diffusion = text.partition("+")
-    if diffusion:
-        return srds.chain(bsn.estimator(path), srds.sampler(diffusion))
-    return distill.student(path, ensemble=ensemble, told=told)
+def runnable(text, args, told, ensemble=1):
+    """The denoiser (B,2k+1,H,W) to (B,1,H,W) of student.pt, or of bsn.pt+diffusion.pt: the SRDS pair of the two.
+
+    args: device and precision. told, ensemble: of distill.student.
+    """
+    first, plus, second = text.partition(".pt+")
+    if plus and not Path(text).exists():
+        options = dict(device=args.device, precision=args.precision)
+        return srds.chain(bsn.estimator(f"{first}.pt", **options), srds.sampler(second, **options))
+    return distill.student(text, args.device, args.precision, ensemble=ensemble, told=told)
 
 
 def report_estimates(args, models, noise_model):
     """Prints and returns {name: {"psnr", "sd", "noisy"}} of {name: model}, and of the noisy images themselves."""
     noisy, results = data.read_volumes(args.data, "noisy", args.split), {}
     for name, path in models.items():
-        results[name] = estimate(runnable(path, args.ensemble, (noise_model, noisy)), noisy, noise_model, args.slices)
+        denoise = runnable(path, args, (noise_model, noisy), args.ensemble)
+        results[name] = estimate(denoise, noisy, noise_model, args.slices, args.seed)
     uneven, results["noisy"] = results[name]["uneven"], dict(psnr=results[name]["noisy"], sd=0.0)
     print("| method | estimated PSNR, dB |\n|---|---|")
     for name, found in results.items():
@@ -371,7 +333,8 @@ def parse_predictions(texts):
     """{name: file} of FILE or NAME=FILE; raises ValueError if two have the same name."""
     preds = {}
     for text in texts:
-        name, _, path = ("", "", text) if Path(text).exists() else text.rpartition("=")
+        name, _, path = ("", "", text) if Path(text).exists() else text.partition("=")
+        name, path = (name, path) if path else ("", text)
         name = name or Path(path).stem.removesuffix("_out")
         if name in preds or name == "noisy":
             raise ValueError(f"two methods are named {name!r}: write NAME=FILE")
@@ -390,7 +353,7 @@ def print_calibration(path, preds, split):
 
 
 def main(argv=None):
-    p = runtime.parser(__doc__)
+    p = runtime.network_parser(__doc__)
     p.add_argument("--data", required=True, help="dataset (.h5) with clean and noisy images")
     files = "prediction files (.h5); a method is named after its file unless NAME is given"
     p.add_argument("--pred", nargs="*", default=[], metavar="[NAME=]FILE", help=files)

@@ -347,8 +347,7 @@ def measure_file(path, pred=None):
     volumes = {name: v for name, v in volumes.items() if means is None or name in means}
     slices = [(name, s) for name, v in volumes.items() for s in range(v.shape[0])]
     per_slice = np.mean([np.prod(v.shape[1:]) for v in volumes.values()])
-    count = min(len(slices), max(1, int(PIXELS / per_slice)))
-    slices = [slices[i] for i in np.unique(np.linspace(0, len(slices) - 1, count).round().astype(int))]
+    slices = [slices[i] for i in data.evenly(len(slices), max(1, int(PIXELS / per_slice)))]
     images = [np.asarray(volumes[name][s]) for name, s in slices]
     lows = []
     for image, (name, _) in zip(images, slices):  # an inverted volume has a negative scale
@@ -409,11 +408,12 @@ def through_slices(volumes, correlation):
 
     None for what cannot be told, because no volume has three slices or there are too few flat places in them.
     """
-    stacks = [np.asarray(v[s : s + 4]) for v in volumes for s in range(0, v.shape[0] - 2, 4)]
-    if not stacks:
+    every = [(v, s) for v in volumes for s in range(0, v.shape[0] - 2, 4)]
+    if not every:
         return [None, None]
-    count = min(len(stacks), max(1, int(PIXELS / 2 / np.mean([stack.size for stack in stacks]))))
-    stacks = [stacks[i] for i in np.unique(np.linspace(0, len(stacks) - 1, count).round().astype(int))]
+    voxels = np.mean([min(4, v.shape[0] - s) * np.prod(v.shape[1:]) for v, s in every])
+    some = data.evenly(len(every), max(1, int(PIXELS / 2 / voxels)))
+    stacks = [np.asarray(v[s : s + 4]) for v, s in (every[i] for i in some)]
     found = [measure_through(stacks, correlation, lag) for lag in (1, 2)]
     known = [r for r in found if r is not None]
     return [r and round(r, 5) for r in found] if not known or max(map(abs, known)) > INDEPENDENT else [0.0, 0.0]
@@ -424,7 +424,7 @@ def load_noise_model(text, path=None, pred=None):
 
     pred: see `measure_file`. Raises ValueError for anything else, in one line.
     """
-    if text == "measured":
+    if text in (None, "measured"):
         return measure_file(path, pred)
     return noise.parse_noise_model(text)
 

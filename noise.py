@@ -135,6 +135,14 @@ def bright(noise_model, y):
     return gaussian_filter(y, 1.5, axes=(-2, -1)) > (noise_model.get("dark") or -np.inf)
 
 
+def turns(noise_model):
+    """Whether the noise is alike along rows and columns, so that images may be turned by 90 degrees; True for None."""
+    if not noise_model:
+        return True
+    table = np.asarray(noise_model["correlation"])
+    return bool(np.ptp(table - table.T) < 0.2 and np.ptp(noise_model.get("band", [0.5])) < 0.05)
+
+
 def spectrum(noise_model, h, w):
     """Power spectrum (h,w) of the noise at unit variance, on the grid of a DFT of h x w pixels; its mean is 1."""
     table = np.zeros((h, w))

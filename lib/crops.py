@@ -38,6 +38,11 @@ def read_around(volume, s, context, area=np.s_[:, :]):
     return volume[(slice(first, which.max() + 1), *area)][which - first]
 
 
+def evenly(count, most):
+    """At most so many of the numbers 0 to count - 1, evenly spaced, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
 def likeness(volume):
     """How alike neighbouring slices of a volume (S,H,W) are: correlation of their details, 1 for equal ones.
 
@@ -66,7 +71,7 @@ def least_likeness(volumes):
     return float((found[:, 0] / np.maximum(energy, 1e-15))[energy >= 0.1 * energy.max()].min())
 
 
-def random_crops(stacks, batch, size, rng, rank=0, world=1, contexts=None):
+def random_crops(stacks, batch, size, rng, rank=0, world=1, contexts=None, turns=True):
     """The same random crops, with the same one of the eight flips and rotations each, from several sets of volumes.
 
     Args:
@@ -74,6 +79,7 @@ def random_crops(stacks, batch, size, rng, rank=0, world=1, contexts=None):
         size: pixels. rng: numpy Generator. rank, world: take only every world-th crop of the batch.
         contexts: for each of the stacks, how many neighbouring slices on each side come along (default none); they are
             mirrored at the ends of a volume, and in half of the crops their order is reversed.
+        turns: without them, crops are flipped alone: rows stay rows.
     Returns a list of float32 tensors (batch / world, 2 context + 1, size, size). Every slice is equally likely.
 
     All indices are drawn at once; the pixels are copied once, from views, which serves arrays on disk as well.
@@ -93,7 +99,7 @@ def random_crops(stacks, batch, size, rng, rank=0, world=1, contexts=None):
         y, x = int(corner[j, 0] * (h - size + 1)), int(corner[j, 1] * (w - size + 1))
         for stack, context, crops in zip(stacks, contexts, out):
             crop = read_around(stack[name], s, context, np.s_[y : y + size, x : x + size])
-            crop = crop.swapaxes(1, 2) if turn[j] & 1 else crop
+            crop = crop.swapaxes(1, 2) if turns and turn[j] & 1 else crop
             crops[row] = crop[:: -1 if upside[j] else 1, :: -1 if turn[j] & 2 else 1, :: -1 if turn[j] & 4 else 1]
     return [torch.from_numpy(crops) for crops in out]
 

@@ -216,15 +216,37 @@ def middle(volume, slices):
 def read_sources(sources, key=None, acquisition=None, reference=None, brain=False, slices=None):
     """(iterator over the Volumes of image files and folders, [problem]); brain: the built-in brain comes last.
 
+    What cannot be read, or be in a dataset, is left out, and a line is added to the problems when its turn comes.
+
     key, acquisition, reference: as of `formats.find`. slices: as of `middle`. Raises ValueError if there is nothing to
     read.
     """
     items, problems = formats.find(sources, key, acquisition, reference)
     if not items and not brain:
         raise ValueError(problems[0] if problems else "name files or folders to import, or --source brain")
-    volumes = itertools.chain.from_iterable(formats.read(item) for item in items)
-    volumes = itertools.chain(volumes, [formats.brain()] if brain else [])
+    found = itertools.chain.from_iterable(usable(item, problems) for item in items)
+    volumes = itertools.chain(found, [formats.brain()] if brain else [])
     return (middle(volume, slices) for volume in volumes), problems
+
+
+def usable(item, problems):
+    """Yields the volumes of a formats.Item that a dataset can hold; a problem says why another, or all, cannot be."""
+    try:
+        volumes = formats.read(item)
+    except (ValueError, OSError) as error:
+        problems.append(str(error))
+        return
+    for volume in volumes:
+        try:
+            h, w = volume.slices.shape[1:]
+            if min(h, w) < 16:
+                raise ValueError(f"{volume.source}: slices of {h}x{w} pixels are smaller than 16x16")
+            check_finite(volume.slices, volume.source)
+            normalize(volume._replace(slices=volume.slices[:1], ends=finite_range(volume.slices)))  # not constant
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            yield volume
 
 
 def training_volumes(jobs, problems, least, force=False):
@@ -247,13 +269,16 @@ def training_volumes(jobs, problems, least, force=False):
                 yield from [] if large else small
                 return
             low, high = finite_range(volume.slices)
-            for r, slices in enumerate(training_runs(volume.slices, share, runtime.step_rng(0, k, j))):
+            whole = volume.slices
+            for r, area in enumerate(training_runs(whole, share, runtime.step_rng(0, k, j))):
+                slices, place = whole[area], tuple(axis.start for axis in area)
                 if slices.dtype.kind == "f":
                     slices = np.nan_to_num(slices, nan=low, posinf=high, neginf=low)
                 if slices.min() == slices.max() or min(slices.shape[1:]) < 16:
                     continue
-                name = f"{k:05d}-{j}" + (f"-{r}" if r else "")
-                volume = volume._replace(name=name, source="", slices=slices, ends=(low, high))
+                name = f"{k:05d}-{j:04d}" + (f"-{r}" if r else "")
+                cut = dict(slices=slices, ends=(low, high), place=place, whole=whole.shape)
+                volume = volume._replace(name=name, source="", **cut)
                 if min(slices.shape[1:]) >= least:
                     taken = slices.size + taken * large  # the small ones before the first large one do not count
                     large = True
@@ -266,7 +291,8 @@ def training_volumes(jobs, problems, least, force=False):
 
 
 def training_runs(slices, share, rng):
-    """What to train on of (S,H,W): [(s,h,w)], all if that is at most `share` pixels, else evenly spaced runs of slices.
+    """What to train on of (S,H,W), as areas [(slice,) * 3]: all if that is at most `share` pixels, else evenly spaced
+    runs of slices.
 
     A run has 5 to 8 neighbouring slices, if the volume has them: neighbours are worth more than other volumes. If one
     slice is too many, each has a window: of eight at random places, the one that varies most. Its sides have WINDOW
@@ -274,16 +300,42 @@ def training_runs(slices, share, rng):
     """
     count, (h, w) = len(slices), slices.shape[1:]
     if slices.size <= share:
-        return [slices]
+        return [tuple(slice(0, n) for n in slices.shape)]
     side = max(WINDOW, int(share**0.5)) if share < h * w else max(h, w)
     most = max(1, int(share) // (min(side, h) * min(side, w)))
     length = min(count, max(5, min(most, 8)))
     starts = np.unique(np.linspace(0, count - length, max(1, most // length)).round().astype(int))
-    runs = [slices[first : first + length] for first in starts]
     # corners at multiples of 8, so that the 8x8 blocks of a JPEG start at the edge of the window
     corners = [[8 * int(rng.integers(max(n - side, 0) // 8 + 1)) for n in (h, w)] for _ in range(8)]
-    return [max((run[:, top : top + side, left : left + side] for top, left in corners), key=spread) for run in runs]
+
+    def spread(area):
+        return np.nan_to_num(np.nanstd(slices[area].astype(np.float32)))
+
+    windows = [(slice(top, top + side), slice(left, left + side)) for top, left in corners]
+    return [max(((slice(s, s + length), *window) for window in windows), key=spread) for s in starts]
 
 
-def spread(slices):
-    return np.nan_to_num(np.nanstd(slices.astype(np.float32)))
+def given_map(path):
+    """The map of the noise's standard deviation in an image file: callable, shape (S,H,W) of the images it is for.
+
+    That returns by what factor the noise is stronger than in the mean, in blocks (S,H/8,W/8), and raises ValueError if
+    the map has another shape. Raises ValueError if no deviation is positive.
+    """
+    items, problems = formats.find([path])
+    if not items:
+        raise ValueError(f"--noise-map {path}: {problems[0] if problems else 'no image'}")
+    volume = formats.read(items[0])[0]
+    sigma = np.nan_to_num(volume.slices.astype(np.float32), posinf=0, neginf=0)
+    if not sigma.max() > 0:
+        raise ValueError(f"--noise-map {path}: no deviation is above 0")
+    factor = np.where(sigma > 0, sigma / sigma[sigma > 0].mean(), 1)
+    factor = np.pad(factor, [(0, 0), *((0, -n % 8) for n in sigma.shape[1:])], "edge")
+    blocks = factor.reshape(len(sigma), factor.shape[1] // 8, 8, -1, 8).mean((2, 4))
+
+    def gains(shape):
+        if tuple(shape) != sigma.shape:
+            shapes = ("x".join(map(str, some)) for some in (sigma.shape, shape))
+            raise ValueError("--noise-map {} is {}, the images are {}".format(path, *shapes))
+        return blocks
+
+    return gains

@@ -121,7 +121,7 @@ def typed(argv, secrets):
 
 
 def _hide(word, secrets):
-    flag, _, value = word.rpartition("=")
+    flag, _, value = word.partition("=") if word.startswith("-") else ("", "", word)
     return (f"{flag}=" if flag else "") + "…" if value in secrets or word in secrets else word
 
 

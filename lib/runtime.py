@@ -166,6 +166,15 @@ def processes():
     return (dist.get_rank(), world) if world > 1 else (0, 1)
 
 
+def first_alone(function, *args):
+    """Calls function(*args) in the first of several processes, for which the others wait."""
+    rank, world = processes()
+    if rank == 0:
+        function(*args)
+    if world > 1:
+        dist.barrier()
+
+
 def map_over_ranks(function, things, name):
     """Yields (thing, function(thing)) in order, with a bar on a terminal; processes take the things in turn.
 

@@ -380,10 +380,9 @@ class Training:
                     yield step
                     step += 1
                     bar.update()
-                    if step in keep:
-                        self.save(keep[step], step, whole=False)
                     now, last = time.monotonic(), self.agree(bool(signalled)) or step >= stop
-                    if main and (now - logged > LOG_EVERY or last):
+                    due = now - saved > SAVE_EVERY  # what is saved has been looked at before
+                    if main and (now - logged > LOG_EVERY or due or step in keep or last):
                         loss, mse = (torch.stack(some).mean().item() for some in (self.losses, self.errors))
                         if not np.isfinite(loss):
                             raise ValueError(f"the loss is {loss} at step {step}: try a lower --lr than {args.lr}")
@@ -397,7 +396,9 @@ class Training:
                         print(json.dumps(line), file=log, flush=True)
                         bar.set_postfix(shown)
                         self.losses, self.errors, logged = [], [], now
-                    if main and (now - saved > SAVE_EVERY or last):
+                    if step in keep:
+                        self.save(keep[step], step, whole=False)
+                    if main and (due or last):
                         self.save(partial_path(args.model), step, whole=True)
                         saved = now
         finally:

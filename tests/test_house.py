@@ -58,7 +58,7 @@ def test_few_scripts_and_arrows():
         return "lib.formats" if room.startswith("lib.formats") else room
 
     arrows = {(outer(room), outer(other)) for room in ROOMS if floor(room) < 2 for other in ARROWS[room]}
-    assert len({(a, b) for a, b in arrows if a != b}) <= 80
+    assert len({(a, b) for a, b in arrows if a != b}) <= 81
 
 
 def test_no_room_is_too_large():

@@ -17,6 +17,7 @@ class Volume(NamedTuple):
     highest number of the volume from which the slices were cut, or None if they are all of it. declared: what the
     header says that it is, if that is no image, such as "statistic". spacing: mm between slices, rows and columns, or
     (). axes: the sides of the patient towards which slices, rows and columns follow each other, such as "SPL", or "".
+    whole, place: the shape of the volume from which the slices were cut and the corner where they lay in it, or ().
     """
 
     name: str
@@ -28,6 +29,8 @@ class Volume(NamedTuple):
     declared: str = ""
     spacing: tuple = ()
     axes: str = ""
+    whole: tuple = ()
+    place: tuple = ()
 
 
 class Item(NamedTuple):
