@@ -87,9 +87,8 @@ def classic(stages, method, spec):
 def both(stages, name, model):
     """{name: one evaluation, name+: the mean over the symmetries} of a student, on the test split."""
     flags = [*stages.data, "--predict", "--split", "test", "--model", stages.path(model), *stages.common]
-    also = ["--planes"] if name.startswith(("instant", "tuned")) else []  # found once, and kept in the model
-    pairs = ((name, [1, *also]), (f"{name}+", [8]))
-    return {n: stages.run(distill, *flags, "--ensemble", *how, out=f"{n}_out.h5") for n, how in pairs}
+    pairs = ((name, 1), (f"{name}+", 8))
+    return {n: stages.run(distill, *flags, "--ensemble", count, out=f"{n}_out.h5") for n, count in pairs}
 
 
 def measured(stages):
@@ -111,7 +110,7 @@ def trained(stages, method, spec):
     if kind in ("scratch", "supervised"):
         flags += ["--context", method[-1]]
     else:
-        flags += ["--init", denoise.shipped(stages), "--lr", denoise.TUNING_RATE]
+        flags += ["--init", denoise.shipped(stages), "--lr", denoise.TUNING_RATE, "--planes"]
         flags += ["--pred", stages.path("first_out.h5")] if kind == "tuned" else []
         steps = 0 if kind == "instant" else steps
     flags += [*stages.data, "--split", "test", "--ensemble", 1, "--steps", steps, *stages.common]
