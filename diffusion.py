@@ -21,8 +21,8 @@ abar[t] the *cumulative* product that Eq. 1 writes alpha_t. X is what is diffuse
 
 The network's output is v in both cases, and eps = sqrt(abar) v + sqrt(1-abar) x_t. Where abar is small, eps is nearly
 x_t itself, and X = (x_t - sqrt(1-abar) eps) / sqrt(abar) magnifies every error of an eps that the network gives
-directly: after minutes of training the SRDS pair was then 10 dB worse (results/forms.md; `eps-direct`, last in commit
-4aced76). For the same reason timesteps with sqrt(abar) below 0.02 are neither trained nor sampled.
+directly: after minutes of training the SRDS pair was then 10 dB worse. For the same reason timesteps with sqrt(abar)
+below 0.02 are neither trained nor sampled.
 
 With --context K the network sees the conditions of K slices on each side too, as further channels.
 
@@ -33,8 +33,6 @@ can learn to find the noise there (leak):
     --condition hidden      one subsampled image of pixels at a time is hidden from the blind-spot network, and the loss
                             counts those pixels alone (needs bsn.py --hidden); sampling takes x_c as it is. For white
                             noise: what the neighbours of a pixel tell of its correlated noise is not hidden
-
-(`augmented`, noise added to the condition, gained nothing: results/past_the_paper.md, last in commit 4aced76.)
 
 Network and schedule follow improved DDPM (Nichol & Dhariwal 2021). `--preset paper` has its widths, and diffuses the
 image with the loss of Eq. 2.

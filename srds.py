@@ -105,8 +105,6 @@ def sampler(path, mode="pair", pairs=1, steps=None, device="auto", precision="au
     device = runtime.pick_device(device)
     network, checkpoint = training.load_network(diffusion.UNet, path, "diffusion", device)
     extra, context = checkpoint["extra"], checkpoint["model_args"].get("context", 0)
-    if extra["predict"] == "eps-direct" or extra.get("augment"):
-        raise ValueError(f"{path} is eps-direct or augmented: commit 4aced76 was the last to sample those")
     abar, steps = diffusion.alpha_bar(extra["T"]), steps or extra["sampling_steps"]
     timesteps(len(abar), steps)
     eps_model, target, std = diffusion.eps_model(network, abar), extra["target"], extra["std"]

@@ -37,7 +37,7 @@ METHODS = {  # {table: methods, as reproduce.py names them}
     2: [*TOLD, *RIVALS],
     3: RIVALS,
     4: ["paper", "paper-2", "paper-3", "ours", "ours-2", "ours-3"],
-    5: ["nlm", "single", "srds", "kd-single", "paper", "single25", "srds25"],
+    5: ["nlm", "puca", "single", "srds", "kd-single", "paper", "single25", "srds25"],
     "m4raw": ["supervised", "nlm", "noise2self", "nei2nei", "puca", "paper", "posterior", "ours", "default"],
 }
 CORRELATIONS = (0.5, 1.2)

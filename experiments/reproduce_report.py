@@ -238,6 +238,8 @@ def claims(tables):
         ("4.3", "highest PSNR of the self-supervised, correlated noise", "all 6", 1, gaps(2, "paper", blind)),
         ("4.3", "highest SSIM of the self-supervised, correlated noise", "all 6", 1, gaps(2, "paper", blind, "ssim")),
         ("4.4", "PSNR above PUCA, real noise", "+0.45, +0.28", 1, gaps(3, "paper", "puca")),
+        ("4.5", "SRDS gains over its condition, PUCA", "+2.05, +3.95, +4.36", 1, gaps(5, "srds", "puca")),
+        ("4.5", "the student gains over the condition", "+2.20, +4.21, +4.72", 1, gaps(5, "paper", "puca")),
         ("4.5", "SRDS gains over one sample", "+2.39, +1.85, +3.45", 1, gaps(5, "srds", "single")),
         ("4.5", "the same with 25 steps", "", 1, gaps(5, "srds25", "single25")),
         ("4.5", "distillation gains over SRDS", "+0.15, +0.26, +0.36", 1, gaps(5, "paper", "srds")),

@@ -16,7 +16,7 @@ from scipy.ndimage import gaussian_filter, uniform_filter
 
 BANDS = 24  # of spatial frequency, from 0 to 0.5 cycles per pixel
 FLAT = 0.25  # share of the pixels that counts as flat
-# Between what the verdict must tell apart: results/no_reference.md and results/verdicts.md.
+# Between what the verdict must tell apart: results/report.md.
 TOO_LITTLE, TOO_MUCH, STRUCTURE, CORRELATION = 0.45, 1.25, 0.2, 0.2
 LEVEL, LEFT, SPECTRUM = (0.55, 1.3), 0.25, 2.0
 UNTOUCHED = 1e-3  # share of the noise's energy below which nothing was removed

@@ -164,16 +164,6 @@ def test_a_condition_that_is_the_noisy_image_is_refused(made, tmp_path):
     )
 
 
-@pytest.mark.parametrize("change", [dict(predict="eps-direct"), dict(augment=0.02)])
-def test_a_model_of_a_kind_that_is_gone_is_refused(made, tmp_path, change):
-    """Checkpoints of the deleted forms are named as such, and not sampled wrongly."""
-    state = torch.load(made / "diffusion.pt", weights_only=True)
-    state["extra"] |= change
-    torch.save(state, tmp_path / "old.pt")
-    done = run("srds", "--cond", made / "bsn_out.h5", "--model", "old.pt", cwd=tmp_path)
-    assert done.returncode == 2 and "commit 4aced76 was the last to sample those" in done.stderr
-
-
 def test_snapshots(made, tmp_path):
     """Checkpoints on the way, the last of which is the model itself; each can be sampled."""
     flags = ["--data", made / "knee.h5", "--cond", made / "bsn_out.h5", *TINY["diffusion"], "--snapshots", 2]
