@@ -185,12 +185,13 @@ def psnr_loss(x, target):
     return 10 * torch.log10((x - target).square().mean((1, 2, 3)) + 1e-8).mean()
 
 
-def recorruption_loss(network, y, z, strength=0.3, counts=1):
+def recorruption_loss(network, y, z, strength=0.3, counts=None, elsewhere=None):
     """Mean square error of network(y) against the *clean* image, in tenths of the range, up to a constant.
 
     Args: y (B,2k+1,H,W) noisy slices with k neighbours on each side, k = 0 for the slice alone; z: fresh noise of the
     same distribution as theirs, for the slice alone (B,1,H,W) if the noise of its neighbours is independent of its own,
-    for all of them (B,2k+1,H,W) otherwise; strength a; counts: (B,1,H,W), 0 for pixels whose noise z is not like.
+    for all of them (B,2k+1,H,W) otherwise; strength a; counts: (B,1,H,W), False for pixels whose noise z is not like,
+    where the network learns `elsewhere` (B,1,H,W) instead.
 
     Recorruption (Pang et al. 2021): the noises of y + a z and y - z / a are uncorrelated, so that a network that learns
     the second from the first learns the clean image. Here z has both signs, and constants are left out:
@@ -202,8 +203,9 @@ def recorruption_loss(network, y, z, strength=0.3, counts=1):
     """
     beside = (y.shape[1] - z.shape[1]) // 2
     added = F.pad(strength * z, (0, 0, 0, 0, beside, beside))
-    plus, minus = (counts * x for x in network(torch.cat([y + added, y - added])).float().chunk(2))
-    y, z = (counts * x[:, x.shape[1] // 2, None] for x in (y, z))
+    plus, minus = network(torch.cat([y + added, y - added])).float().chunk(2)
+    y, z = (x[:, x.shape[1] // 2, None] for x in (y, z))
+    y, z = (y, z) if counts is None else (torch.where(counts, y, elsewhere), counts * z)
     correction = (z * (plus - minus)).mean() * (100 / strength)
     return (mse_loss(plus, y) + mse_loss(minus, y)) / 2 + correction
 
@@ -211,8 +213,6 @@ def recorruption_loss(network, y, z, strength=0.3, counts=1):
 # ---------------------------------------------------------------------------------------------------------------
 # train and predict
 # ---------------------------------------------------------------------------------------------------------------
-import functools
-
 import numpy as np
 
 import data
@@ -317,9 +317,9 @@ def train(args, checkpoint=None):
         y, *more = data.random_crops(stacks, args.batch, args.crop, run.rng(step), run.rank, run.world, contexts, turns)
         if noise_model:
             rngs = [run.rng(step, 1, j) for j in range(run.rank, args.batch, run.world)]
-            own = y[:, context, None]
-            more = [noise.sample_like(noise_model, y if joint else own, more[0] if more else None, rngs)]
-            more.append(torch.from_numpy(noise.bright(noise_model, own.numpy())))
+            own, guess, rest = y[:, context, None], more[0] if more else None, (more or [y])[0][:, contexts[-1], None]
+            more = [noise.sample_like(noise_model, y if joint else own, guess, rngs)]
+            more += [torch.from_numpy(noise.bright(noise_model, own.numpy())), rest]
         y, target, *counts = run.to_device(y, *more)  # with a noise model the target is y itself, and this the noise z
         with run.autocast():
             if noise_model:
@@ -382,7 +382,7 @@ def weigh_planes(args):
     noisy = data.read_volumes(args.data, "noisy", data.to_learn_from(args.data))
     law = (denoise := student(args.model, args.device, args.precision)).noise_model
     s2 = lambda x, y: noise.variance(law, x) * noise.bright(law, y)  # noqa: E731
-    planes.add_weight(args.model, denoise, noisy, functools.partial(noise.sample, law), s2)
+    planes.add_weight(args.model, denoise, noisy, lambda *images: noise.sample(law, *images), s2)
 
 
 def predict(args):

@@ -137,21 +137,26 @@ def bright(noise_model, y):
 
 def turns(noise_model):
     """Whether the noise is alike along rows and columns, so that images may be turned by 90 degrees; True for None."""
-    if not noise_model:
-        return True
+    noise_model = noise_model or known("gaussian", 1.0)
     table = np.asarray(noise_model["correlation"])
     return bool(np.ptp(table - table.T) < 0.2 and np.ptp(noise_model.get("band", [0.5])) < 0.05)
 
 
 def spectrum(noise_model, h, w):
-    """Power spectrum (h,w) of the noise at unit variance, on the grid of a DFT of h x w pixels; its mean is 1."""
+    """Power spectrum (h,w) of the noise at unit variance, on the grid of a DFT of h x w pixels; its mean is 1.
+
+    The table is cut off at REACH, which blurs the edge of a `band`: what the cut makes of a flat band is divided out.
+    """
     table = np.zeros((h, w))
     reach = [min(REACH, (n - 1) // 2) for n in (h, w)]
     inner = np.asarray(noise_model["correlation"])[tuple(slice(REACH - r, REACH + r + 1) for r in reach)]
     table[np.ix_(*(np.arange(-r, r + 1) for r in reach))] = inner
     power = np.maximum(np.fft.fft2(table).real, 0)
-    rows, columns = (np.abs(np.fft.fftfreq(n)) <= end for n, end in zip((h, w), noise_model.get("band", (0.5, 0.5))))
-    power *= rows[:, None] & columns
+    for axis, (n, r, end) in enumerate(zip((h, w), reach, noise_model.get("band", (0.5, 0.5)))):
+        frequency, lag = np.fft.fftfreq(n), np.arange(-r, r + 1)
+        seen = np.cos(2 * np.pi * np.outer(frequency, lag)) @ np.sinc(2 * end * lag)
+        inside = (np.abs(frequency) <= end) / np.maximum(seen, 0.3 * seen.max())
+        power *= inside[:, None] if axis == 0 else inside
     return power / power.mean()
 
 

@@ -138,3 +138,15 @@ def test_recorrupted_training(made, tmp_path):
     assert list(data.read_volumes(tmp_path / "refined.h5", "pred")) == ["v1"]
     refined = torch.load(tmp_path / "refined.pt", weights_only=True)["ema"]
     assert all(torch.equal(refined[k], whole["ema"][k]) for k in refined)  # at a learning rate of 0
+
+
+def test_dark_pixels_learn_what_was_there():
+    """Where the noise is not like what is drawn, the loss is the distance to `elsewhere`, whatever y and z are."""
+    g = torch.Generator().manual_seed(0)
+    y, z, x = torch.randn(3, 2, 1, 16, 16, generator=g)
+    bright = torch.zeros(2, 1, 16, 16, dtype=torch.bool)
+    loss = recorruption_loss(lambda v: v, y, z, 0.3, bright, x)
+    assert torch.allclose(loss, 100 * ((y - x).square().mean() + 0.09 * z.square().mean()), rtol=1e-4)
+    bright[:, :, :8] = True
+    half = recorruption_loss(lambda v: 0 * v, y, z, 0.3, bright, x)
+    assert torch.allclose(half, 50 * (y[:, :, :8].square().mean() + x[:, :, 8:].square().mean()), rtol=1e-4)

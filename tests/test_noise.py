@@ -148,3 +148,16 @@ def test_samples_of_the_exact_posterior(blur):
     assert np.allclose(octaves(drawn[0]) / octaves(x), 1, atol=0.1)
     assert np.allclose(octaves(y - drawn[0]) / octaves(y - x), 1, atol=0.1)
     assert octaves(wiener(y))[-1] < 0.7 * octaves(x)[-1]  # what a wrong sampler, the mean itself, would give
+
+
+def test_a_band_has_sharp_edges():
+    """Zero-filled noise is drawn flat up to the end of its band, though the table of its correlation is cut off."""
+    lag, end = np.arange(-6, 7), 0.38
+    table = np.zeros((13, 13))
+    table[6] = np.sinc(2 * end * lag)
+    power = noise.spectrum(noise.make_noise_model([1, 0, 0], table, band=(0.5, end)), 64, 96)
+    inside = np.abs(np.fft.fftfreq(96)) <= end
+    np.testing.assert_allclose(power[:, inside], 1 / inside.mean(), rtol=1e-4)
+    assert (power[:, ~inside] == 0).all()
+    blurred = noise.spectrum(noise.make_noise_model([1, 0, 0], table), 64, 96)[0, inside]
+    assert np.ptp(blurred) > 0.5  # what the cut alone would make of it
