@@ -236,7 +236,7 @@ SETTINGS = {  # what it sets, its value in fast, in nafnet (as small as fast), i
     "crop": ("side of the square training crops, pixels", 96, 96, 256),
     "lr": ("peak learning rate", 2e-3, 2e-3, 1e-3),
     "beta2": ("AdamW's second decay", 0.99, 0.99, 0.9),  # fast: few steps, so a short memory
-    "clip": ("largest gradient norm", 1.0, 1.0, 0.01),
+    "clip": ("largest gradient norm", 0.3, 1.0, 0.01),  # fast: at 1.0 long schedules can blow up
     "ema": ("decay per step of the averaged weights", 0.995, 0.995, 0.999),
 }
 PRESETS = training.presets(("fast", "nafnet", "paper"), SETTINGS)

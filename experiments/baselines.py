@@ -192,7 +192,7 @@ NOISE2SELF_SETTINGS = {  # what it sets, its value in fast: distill.py's, in pap
     "lr": ("peak learning rate", 2e-3, 5e-4),
     "schedule": ("of the learning rate", "cosine", "constant"),
     "beta2": ("AdamW's second decay", 0.99, 0.999),
-    "clip": ("largest gradient norm", 1.0, float("inf")),
+    "clip": ("largest gradient norm", 0.3, float("inf")),
     "ema": ("decay per step of the averaged weights", 0.995, 0.0),
     "period": ("noise2self: pixels from one of a grid to the next", 4, 4),
 }
