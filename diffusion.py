@@ -212,8 +212,9 @@ def predicted_eps(v, x_t, a):
 def diffusion_loss(network, x0, c, abar, t, eps, predict="eps", mask=None):
     """Eqs. 1-2: L1 distance between what the network predicts from x_t and what it should; a scalar.
 
-    Args: x0 (B,C,H,W) the clean end of the diffusion, X; c (B,C,H,W); abar (T,); t (B,) integers; eps like x0, standard
-    normal; predict: "eps" (Eq. 2) or "v"; mask like x0: 1 for the pixels that count, else 0.
+    Args: x0 (B,C,H,W) the clean end of the diffusion, X; c the condition, (B,C,H,W) or with its neighbouring slices as
+    further channels; abar (T,); t (B,) integers; eps like x0, standard normal; predict: "eps" (Eq. 2) or "v"; mask like
+    x0: 1 for the pixels that count, else 0.
     """
     a = abar.to(x0.device, x0.dtype)[t].view(-1, 1, 1, 1)
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps

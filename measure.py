@@ -149,7 +149,7 @@ def level_of(flat, typical):
 
     Even the flattest blocks hold some structure where tissue is nowhere flat. Its spectrum is steep, as the difference
     of the two spectra shows; that of the noise, over what its correlation explains, is level: flat = level + k *
-    (typical - flat), with k from 0 to 1, one standard error less than it seems. At most a third is taken off: where
+    (typical - flat), k the slope of a regression less one standard error, between 0 and 1. At most a third is taken off: where
     structure is more, the noise is not known.
     """
     shape, weight = np.maximum(typical - flat, 0), 1 / np.maximum(typical, 1e-12) ** 2
@@ -316,7 +316,7 @@ INDEPENDENT = 0.1  # correlation through the slices up to which they count as in
 
 
 def summary(noise_model):
-    """What a noise model says, in three or four lines."""
+    """What a noise model says, in a few lines."""
     table, (a, b, c) = np.array(noise_model["correlation"]), noise_model["variance"]
 
     def at(dy, dx):
@@ -367,8 +367,9 @@ def measure_file(path, pred=None):
 def differences(volumes, attrs, gains):
     """What differs between repeats of one image: ([noise (S,H,W)], [mean (S,H,W)]) in the units of `volumes`, or None.
 
-    Repeats have the same details, and follow each other, or a volume lies between (labels and controls). Most pairs
-    must: one filtered copy does not decide. attrs: of the volumes. gains: the maps that divided them, if any did.
+    Repeats have the same details, and follow each other, or a volume lies between (labels and controls). Half of the
+    pairs must be alike: one filtered copy does not decide. attrs: of the volumes. gains: maps that divided them, if
+    any.
     """
     names, best = list(volumes), None
     units = {n: (attrs[n].get("scale", 1), attrs[n].get("offset", 0), np.asarray(gains.get(n, [1])[:])) for n in names}
@@ -388,7 +389,7 @@ def differences(volumes, attrs, gains):
 
 
 def of_repeats(change, means, spatial):
-    """What the noise model `spatial` becomes by that of repeats: motion adds to this, structure adds to that."""
+    """The noise model by what differs between repeats if it is clearly lower (motion adds to it), else `spatial`."""
     change, means = ([image for stack in stacks for image in stack] for stacks in (change, means))
     change = [np.where(noise.bright(spatial, m), d, 0) for d, m in zip(change, means)]  # but for dark magnitudes
     most = 0.8 * np.mean([variance(spatial, m).mean() for m in means])

@@ -163,7 +163,7 @@ def spectrum(noise_model, h, w):
 def mix_through(white, through):
     """Independent fields (S,H,W) to fields whose correlation one and two slices apart is `through`, [r1, r2].
 
-    The nearest covariance that there is: of three numbers 1, r1, r2 alone, not each is one.
+    A band matrix of 1, r1, r2 need not be a covariance (positive semidefinite): the nearest one that is, is used.
     """
     apart = np.abs(np.subtract.outer(*2 * (np.arange(len(white)),)))
     table = np.array([1.0, *(r or 0.0 for r in through), 0.0])[np.minimum(apart, 3)]

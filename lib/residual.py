@@ -105,8 +105,8 @@ def spectra(residual, noisy, power):
 def findings(m):
     """What may be wrong by the measures of the module: [(how much, in words)]; wrong is what has more than 1.
 
-    A noise law of a wrong level shifts all energies alike; flat places show it, and
-    the rest is judged by what they hold.
+    A noise model of a wrong level shifts all energies alike. Flat places tell the true one, and the other measures are
+    judged relative to it.
     """
     flat, removed, left = max(m["flat"], 1e-3), m["removed"], m["left"]
     wrong = left <= LEFT and not LEVEL[0] <= flat <= LEVEL[1]
