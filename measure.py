@@ -149,8 +149,8 @@ def level_of(flat, typical):
 
     Even the flattest blocks hold some structure where tissue is nowhere flat. Its spectrum is steep, as the difference
     of the two spectra shows; that of the noise, over what its correlation explains, is level: flat = level + k *
-    (typical - flat), k the slope of a regression less one standard error, between 0 and 1. At most a third is taken off: where
-    structure is more, the noise is not known.
+    (typical - flat), k the slope of a regression less one standard error, between 0 and 1. At most a third is taken
+    off: where structure is more, the noise is not known.
     """
     shape, weight = np.maximum(typical - flat, 0), 1 / np.maximum(typical, 1e-12) ** 2
     mean, middle = np.average(flat, weights=weight), np.average(shape, weights=weight)
@@ -368,8 +368,7 @@ def differences(volumes, attrs, gains):
     """What differs between repeats of one image: ([noise (S,H,W)], [mean (S,H,W)]) in the units of `volumes`, or None.
 
     Repeats have the same details, and follow each other, or a volume lies between (labels and controls). Half of the
-    pairs must be alike: one filtered copy does not decide. attrs: of the volumes. gains: maps that divided them, if
-    any.
+    pairs must be alike: one filtered copy does not decide. gains: the maps that divided the volumes.
     """
     names, best = list(volumes), None
     units = {n: (attrs[n].get("scale", 1), attrs[n].get("offset", 0), np.asarray(gains.get(n, [1])[:])) for n in names}
