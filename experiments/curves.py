@@ -107,29 +107,31 @@ def table(curve):
 
 
 def figure(folders, out):
-    """PSNR against steps, and what comes back, for each of the folders."""
+    """What the pair gains over its condition against steps, and what comes back, for each of the folders."""
     from matplotlib.figure import Figure
 
-    fig = Figure(figsize=(4 * len(folders), 5.2), dpi=80, layout="constrained")
-    axes = fig.subplots(2, len(folders), squeeze=False)
+    fig = Figure(figsize=(3.2 * len(folders), 4.8), dpi=80, layout="constrained")
+    axes = fig.subplots(2, len(folders), squeeze=False, sharey="row")
     for (top, bottom), folder in zip(axes.T, folders):
         curve = json.loads((Path(folder) / "curves.json").read_text())
-        steps = [p["step"] for p in curve["points"]]
-        styles = dict(single=":", pair="-", estimated="--")
-        for name, style in styles.items():
-            if name in curve["points"][0]:
-                top.plot(steps, [p[name] for p in curve["points"]], style, marker=".", label=name)
-        top.axhline(curve["condition"], color="gray", label="condition")
-        top.axhline(curve["points"][0]["mix"], color="gray", linestyle=":", label="best mix of condition and noisy")
-        for name in ("detail", "own"):
-            bottom.plot(steps, [p[name] for p in curve["points"]], marker=".", label=f"{name} that came back")
-        top.set(xscale="log", title=Path(folder).name, ylabel="PSNR, dB")
-        bottom.set(xscale="log", xlabel="steps", ylim=(-0.05, 1))
+        points, known = curve["points"], curve["condition"]
+        steps = [p["step"] for p in points]
+        top.axhline(0, color="gray")
+        for name, style in dict(pair="k-", estimated="k:").items():
+            if name in points[0]:
+                label = "SRDS pair" if name == "pair" else "the same, estimated without clean images"
+                top.plot(steps, [p[name] - known for p in points], style, marker=".", label=label)
+        for name, label in dict(detail="detail that the condition lost", own="the pixel's own noise").items():
+            bottom.plot(steps, [p[name] for p in points], marker=".", label=f"came back: {label}")
+        top.set(xscale="log", title=f"{Path(folder).name}\ncondition {known:.2f} dB")
+        bottom.set(xscale="log", xlabel="steps of the diffusion model", ylim=(-0.05, 0.6))
         for ax in (top, bottom):
             ax.set_xticks(steps, list(map(str, steps)))
             ax.set_xticks([], minor=True)
+    axes[0, 0].set_ylabel("PSNR above the condition, dB")
+    axes[1, 0].set_ylabel("share (regression)")
     handles = [line for ax in axes[:, 0] for line in ax.get_legend_handles_labels()[0]]
-    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=8)
+    fig.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8)
     with runtime.atomic_write(out) as temporary:
         fig.savefig(temporary, format="png")
 
