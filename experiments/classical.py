@@ -33,11 +33,13 @@ MARGIN = 6  # voxels of mirrored image around it for dipy, which leaves the bord
 
 
 def load(method):
-    """The module of a method's package; raises ValueError with one line if it is not installed."""
+    """The module of a method's package; raises ValueError with one line if it is not installed, or cannot run here."""
+    how = "pip install -r experiments/requirements.txt, in an environment of their own"
+    if method in ("bm3d", "bm4d") and not hasattr(np, "trapz"):
+        raise ValueError(f"--method {method} needs NumPy before 2.4, not {np.__version__}: {how}")
     try:
         return importlib.import_module(METHODS[method])
     except ImportError as error:
-        how = "pip install -r experiments/requirements.txt"
         raise ValueError(f"--method {method} needs a package of its own ({error}): {how}") from None
 
 

@@ -42,7 +42,6 @@ Methods:
 import argparse
 import contextlib
 import fcntl
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -264,8 +263,11 @@ def can_run(method, cell):
     if method not in classical.METHODS:
         return True
     dataset, kind, *_ = cell
-    volumes = method != "bm4d" or dataset not in reproduce_data.FLAT
-    return bool(kind and volumes and importlib.util.find_spec(classical.METHODS[method]))
+    try:
+        classical.load(method)
+    except ValueError:
+        return False
+    return bool(kind) and (method != "bm4d" or dataset not in reproduce_data.FLAT)
 
 
 def wanted_cells(args, sets):
