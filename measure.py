@@ -352,16 +352,16 @@ def measure_file(path, pred=None):
     lows = []
     for image, (name, _) in zip(images, slices):  # an inverted volume has a negative scale
         lows += [end * attrs[name].get("scale", 1) + attrs[name].get("offset", 0) for end in (image.min(), image.max())]
-    means = means and [np.asarray(means[name][s]) for name, s in slices]
-    noise_model = measure(images, means, magnitude=min(lows) >= 0)
+    noise_model = measure(images, means and [np.asarray(means[n][s]) for n, s in slices], magnitude=min(lows) >= 0)
     with data.open_file(path) as file:
         varies = any("gain" in group for group in file["volumes"].values())
     gains = data.read_volumes(path, "gain", names=list(volumes)) if varies else {}
     stacks, repeats = list(volumes.values()), differences(volumes, attrs, gains)
     if repeats and (known := of_repeats(*repeats, noise_model)) != noise_model:
         noise_model, stacks = known, repeats[0]
-    through = through_slices(stacks, np.array(noise_model["correlation"]))
-    return noise_model | dict(through=through, varies=varies, compressed=bool(jpeg.jump(images) > jpeg.JUMP))
+    erased = bool(jpeg.jump(images) > jpeg.JUMP)  # the smallest hole then: with 9, M4Raw came out worse than it was
+    found = dict(through=through_slices(stacks, np.array(noise_model["correlation"])), varies=varies, compressed=erased)
+    return noise_model | found | (dict(blind_spot=1) if erased else {})
 
 
 def differences(volumes, attrs, gains):

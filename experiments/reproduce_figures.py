@@ -39,7 +39,7 @@ def figure3(out, work, cells, names):
     Args: out, work: Paths. cells: names of cells. names: {method: its name in the tables}. Returns the file's path.
     """
     shown = ["noisy", "nlm", "nei2nei", "lgbpn", "puca", "paper", "ours", "default", "supervised"]
-    files = {"paper": "paper_out.h5", "ours": "recorrupted_out.h5"}
+    files = {"puca": "bsn_out.h5", "ours": "recorrupted_out.h5"}
     fig = Figure(figsize=(1.45 * (1 + len(shown)), 3.15 * len(cells)), dpi=80, layout="constrained")
     axes = fig.subplots(2 * len(cells), 1 + len(shown), squeeze=False)
     for row, cell in enumerate(cells):
@@ -55,7 +55,8 @@ def figure3(out, work, cells, names):
         for column, method in enumerate(shown, 1):
             image = y
             if method != "noisy":
-                pred = work / cell / files.get(method, f"{method}_out.h5")
+                pred = work / cell / f"{method}_out.h5"
+                pred = pred if pred.exists() else work / cell / files.get(method, pred.name)  # what recipes start from
                 image = np.asarray(data.read_volumes(pred, "pred", "test")[name][s])
             above[column].imshow(image[window], **look)
             score = "{:.2f} dB / {:.3f}".format(*evaluate.psnr_ssim(image, x))

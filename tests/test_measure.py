@@ -139,7 +139,8 @@ def test_jpeg_is_told_from_images_that_never_were(tmp_path):
     for name, said, stack in (("a.h5", False, images), ("b.h5", True, stored)):
         with data.write_volumes(tmp_path / name, "dataset", "test") as add:
             add("v", np.shape(stack), ["noisy"], split="train")[0][:] = stack
-        assert measure.measure_file(tmp_path / name)["compressed"] is said
+        found = measure.measure_file(tmp_path / name)
+        assert found["compressed"] is said and found["blind_spot"] == 1  # also where JPEG has blurred the noise
     for factor in (4 / 3, 1.6, 2):  # interpolated images have a rhythm of their own
         assert jpeg.jump([zoom(x, factor, order=1) for x in images]) < 1.1
 
