@@ -327,7 +327,8 @@ def write(out, work):
         raise ValueError(f"{out} holds cells of several scales or budgets")
     tables = {table: cols for table in ABOUT if (cols := columns(runs, table))}
     budget, scale = runs[0]["budget"], f"Scale {runs[0]['scale']}"
-    scale += f": every learned method has {budget:g} seconds of training on one core" if budget else ""
+    each = f": every learned method has {budget:g} seconds of training on one core, the paper's recipe for each network"
+    scale += each if budget else ""
     commits = sorted({m["commit"] for run in runs for m in run["methods"].values() if "commit" in m})
     made = f"{len(runs)} cells by `experiments/reproduce.py`, commit {', '.join(commits)}"
     lines = ["# The tables of the paper, run here", ""]
