@@ -137,7 +137,7 @@ def read_attrs(path):
 
 
 def to_learn_from(path):
-    """ "train", or None for all volumes if a dataset has no such split."""
+    """The split to learn from: "train", or None, all volumes, if a dataset has no such split."""
     splits = {one.get("split", "train") for one in read_attrs(path)[1].values()}
     return "train" if "train" in splits else None
 
@@ -344,10 +344,10 @@ def write_dataset(path, volumes, shares, args, patch=None):
     names, groups = set(), []
     with write_volumes(path, "dataset", "import", args) as add:
         for volume in itertools.chain(few, volumes):
-            name = first = volume.name.replace("/", "_")
+            name = plain = volume.name.replace("/", "_")
             number = 2
             while name in names:
-                name, number = f"{first}-{number}", number + 1
+                name, number = f"{plain}-{number}", number + 1
             names.add(name)
             values, scale, offset = files.normalize(volume)
             arrays = dict(noisy=values)
