@@ -37,6 +37,7 @@ SETTINGS = {
     "ema": ("decay per step of the averaged weights", 0.999),
 }
 PRESETS = training.presets(("fast",), SETTINGS)
+LAYERED = 0.4  # share of the single images that are X-rays
 WINDOW, EVERY = 24, 4  # volumes to draw crops from, steps after which one of them is replaced
 
 
@@ -70,11 +71,24 @@ def random_through(rng):
     return r, r**4
 
 
+def slab(volumes, context, size, rng):
+    """A crop (2 context + 1,h,w) of one of the volumes, and that volume."""
+    volume = volumes[rng.integers(len(volumes))]
+    return crops.random_crops([{"": volume}], 1, size, rng, contexts=[context])[0][0].numpy(), volume
+
+
+def layered(volumes, size, rng):
+    """Crops of 2 to 6 volumes added up, (1,h,w) from 0 to at most 1, as an X-ray adds what it goes through; twice."""
+    x = sum(share * slab(volumes, 0, size, rng)[0] for share in rng.dirichlet(np.ones(rng.integers(2, 7))))
+    x = ((x - x.min()) / max(np.ptp(x), 0.1)).astype(np.float32)
+    return x, x
+
+
 def random_crop(volumes, context, size, rng):
     """(noisy (2 context + 1,h,w), clean (1,h,w), law (9,), gain (1,h,w)) from one of the volumes."""
-    volume = volumes[rng.integers(len(volumes))]
-    (x,) = crops.random_crops([{"": volume}], 1, size, rng, contexts=[context])
-    x, law, gain = x[0].numpy(), random_law(rng), np.ones((1, size, size), np.float32)
+    xray = context == 0 and rng.random() < LAYERED
+    x, volume = layered(volumes, size, rng) if xray else slab(volumes, context, size, rng)
+    law, gain = random_law(rng), np.ones((1, size, size), np.float32)
     if rng.random() < 0.2:
         gain = np.exp(smooth_field(rng, (2, size, size), rng.uniform(0.1, 0.4))[:1])
     n = noise.sample(law, x, rng) * gain

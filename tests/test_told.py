@@ -186,3 +186,15 @@ def test_samples_and_std_of_a_student(tmp_path):
     assert 0.7 < ratio < 1.3
     untold = run("distill", *flags, "--samples", 3, cwd=tmp_path)
     assert untold.returncode == 2 and "must be told the noise" in untold.stderr
+
+
+def test_layered_single_images_are_sums_in_the_range_of_images():
+    rng = np.random.default_rng(0)
+    one, other = np.zeros((1, 32, 32), np.float32), np.zeros((1, 32, 32), np.float32)
+    one[:, :, 16:], other[:, 16:] = 1, 1
+    levels = set()
+    for _ in range(20):
+        x, same = pretrain.layered([one, other], 32, rng)
+        assert x is same and x.dtype == np.float32 and x.shape == (1, 32, 32) and x.min() == 0 and x.max() <= 1
+        levels.add(len(np.unique(x)))
+    assert max(levels) > 2  # edges of both shine through
