@@ -78,16 +78,17 @@ def slab(volumes, context, size, rng):
 
 
 def layered(volumes, size, rng):
-    """Crops of 2 to 6 volumes added up, (1,h,w) from 0 to at most 1, as an X-ray adds what it goes through; twice."""
+    """Crops of 2 to 6 volumes added up, (1,h,w) from 0 to at most 1, as an X-ray adds what it goes through."""
     x = sum(share * slab(volumes, 0, size, rng)[0] for share in rng.dirichlet(np.ones(rng.integers(2, 7))))
-    x = ((x - x.min()) / max(np.ptp(x), 0.1)).astype(np.float32)
-    return x, x
+    return ((x - x.min()) / max(np.ptp(x), 0.1)).astype(np.float32)
 
 
 def random_crop(volumes, context, size, rng):
     """(noisy (2 context + 1,h,w), clean (1,h,w), law (9,), gain (1,h,w)) from one of the volumes."""
-    xray = context == 0 and rng.random() < LAYERED
-    x, volume = layered(volumes, size, rng) if xray else slab(volumes, context, size, rng)
+    if context == 0 and rng.random() < LAYERED:
+        x = volume = layered(volumes, size, rng)
+    else:
+        x, volume = slab(volumes, context, size, rng)
     law, gain = random_law(rng), np.ones((1, size, size), np.float32)
     if rng.random() < 0.2:
         gain = np.exp(smooth_field(rng, (2, size, size), rng.uniform(0.1, 0.4))[:1])

@@ -188,13 +188,18 @@ def test_samples_and_std_of_a_student(tmp_path):
     assert untold.returncode == 2 and "must be told the noise" in untold.stderr
 
 
-def test_layered_single_images_are_sums_in_the_range_of_images():
-    rng = np.random.default_rng(0)
-    one, other = np.zeros((1, 32, 32), np.float32), np.zeros((1, 32, 32), np.float32)
-    one[:, :, 16:], other[:, 16:] = 1, 1
-    levels = set()
-    for _ in range(20):
-        x, same = pretrain.layered([one, other], 32, rng)
-        assert x is same and x.dtype == np.float32 and x.shape == (1, 32, 32) and x.min() == 0 and x.max() <= 1
-        levels.add(len(np.unique(x)))
-    assert max(levels) > 2  # edges of both shine through
+def test_some_single_images_are_sums_as_xrays_are_and_volumes_never(monkeypatch):
+    one, other = np.full((5, 32, 32), 0.3, np.float32), np.full((5, 32, 32), 0.3, np.float32)
+    one[:, :, 16:], other[:, 16:] = 0.9, 0.9
+
+    def levels(share, context):  # of the clean images
+        monkeypatch.setattr(pretrain, "LAYERED", share)
+        made = [pretrain.random_crop([one, other], context, 32, runtime.step_rng(k))[1] for k in range(20)]
+        assert all(x.shape == (1, 32, 32) and x.dtype == np.float32 for x in made)
+        return made, max(len(np.unique(x)) for x in made)
+
+    xrays, several = levels(1, 0)
+    assert several > 2  # the edges of both shine through
+    assert all(x.min() == 0 and x.max() < 1 + 1e-6 for x in xrays)
+    assert abs(np.median([x.max() for x in xrays]) - 1) < 1e-6  # less where layers cancel each other
+    assert levels(0, 0)[1] == 2 and levels(1, 2)[1] == 2
