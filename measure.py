@@ -23,10 +23,8 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.optimize import nnls
 
-from lib.blocks import alike_all_over, bins, expected, flattest, halves, in_blocks, periodogram, usable, waves
+from lib.blocks import FLATTEST, alike_all_over, bins, expected, flattest, halves, in_blocks, periodogram, usable
 from noise import DARK, REACH, make_noise_model, sample, variance
-
-FLATTEST = 0.02  # share of the blocks of like intensity that are measured
 
 
 def shape(power, structure, bin_of, weight):
@@ -98,50 +96,6 @@ def measure_correlation(images, means=None):
     table = table * np.maximum(1 - np.square(2.5 * doubt) / np.maximum(np.square(table), 1e-12), 0)
     table[REACH, REACH] = 1
     return table
-
-
-def measure_through(stacks, correlation, lag):
-    """Correlation of the noise with the same pixel `lag` slices away, from stacks of neighbouring slices [(S,H,W)].
-
-    Where both slices are flat, what their high frequencies have in common is noise that they share. The flattest blocks
-    are looked for in the sum of the two slices, by half of the frequencies, and measured by the other half. Blocks of
-    like intensity are taken together; those with the least structure count (power at low over high frequencies).
-    Returns None if there are too few blocks to tell.
-    """
-    expect, (frequency, even) = np.maximum(expected(correlation, 8), 1e-6), halves(8)
-    high, low = frequency >= 0.25, (frequency < 0.25) & (expect > 0.05)
-    high &= expect > 0.1 * expect[high].mean()
-    common, power, both, mean = [], [], [], []
-    for stack in stacks:
-        for s in range(len(stack) - lag):
-            one, other = (in_blocks([stack[k]], 8) for k in (s, s + lag))
-            keep = usable(one) & usable(other)
-            one, other = one[keep], other[keep]
-            a, b = waves(one), waves(other)
-            common.append(((a * b.conj()).real / expect).astype(np.float32))
-            power.append(((np.abs(a) ** 2 + np.abs(b) ** 2) / 2 / expect).astype(np.float32))
-            both.append((np.abs(a + b) ** 2 / expect).astype(np.float32))
-            mean.append((one + other).mean((1, 2)) / 2)
-    if not mean:
-        return None
-    common, power, both, mean = map(np.concatenate, (common, power, both, mean))
-    bin_of, rows = bins(mean, 16), []
-    for k in np.unique(bin_of):
-        i = np.flatnonzero(bin_of == k)
-        if len(i) >= max(100, 0.01 * len(bin_of)):
-            count, shared, own, structure = max(30, int(FLATTEST * len(i))), 0.0, 0.0, 0.0
-            for chosen_by, measured_by in ((even, ~even), (~even, even)):
-                best = i[np.argsort(both[i][:, high & chosen_by].sum(1))[:count]]
-                shared += common[best][:, high & measured_by].sum()
-                own += power[best][:, high & measured_by].sum()
-                structure += power[best][:, low].mean()
-            level = own / count / high.sum()
-            rows.append((count, len(i), level, structure / 2 / max(level, 1e-12), shared / max(own, 1e-12)))
-    if not rows:
-        return None
-    count, size, level, ratio, found = map(np.array, zip(*rows))
-    ratio = np.where(level > 0.25 * np.average(level, weights=size * level), ratio, np.inf)
-    return float(np.average(found, weights=count * np.exp(-(((ratio - ratio.min()) / 0.1) ** 2))))
 
 
 def level_of(flat, typical):
@@ -304,7 +258,7 @@ import json
 
 import data
 import noise
-from lib import jpeg, runtime
+from lib import blocks, jpeg, runtime
 
 NOISE_HELP = (
     "measured; kind:level[:correlation] such as gaussian:6/255, poisson:200, gamma:100:1.2; "
@@ -414,7 +368,7 @@ def through_slices(volumes, correlation):
     voxels = np.mean([min(4, v.shape[0] - s) * np.prod(v.shape[1:]) for v, s in every])
     some = data.evenly(len(every), max(1, int(PIXELS / 2 / voxels)))
     stacks = [np.asarray(v[s : s + 4]) for v, s in (every[i] for i in some)]
-    found = [measure_through(stacks, correlation, lag) for lag in (1, 2)]
+    found = [blocks.shared_through(stacks, correlation, lag) for lag in (1, 2)]
     known = [r for r in found if r is not None]
     return [r and round(r, 5) for r in found] if not known or max(map(abs, known)) > INDEPENDENT else [0.0, 0.0]
 

@@ -14,7 +14,7 @@ from scipy.ndimage import gaussian_filter1d
 import data
 import measure
 import noise
-from lib import runtime
+from lib import blocks, runtime
 
 CASES = (("gaussian", 6 / 255, 0), ("gaussian", 6 / 255, 1.2), ("poisson", 200, 0))
 SLICES = 40
@@ -47,7 +47,7 @@ def main(argv=None):
             for blur in (0, 0.5, 1):
                 y, true = noisy_volume(x, law, blur, runtime.step_rng(0))
                 table = measure.measure_correlation(list(y[::5]))
-                found = [measure.measure_through([y], table, lag) for lag in (1, 2)]
+                found = [blocks.shared_through([y], table, lag) for lag in (1, 2)]
                 worst = [max(w, abs(f - t)) for w, f, t in zip(worst, found, true)]
                 numbers = " | ".join(f"{t:+.3f}, {f:+.3f}" for t, f in zip(true, found))
                 print(f"| {name} | {kind} | {correlation} | {blur} | {numbers} |", flush=True)

@@ -4,6 +4,8 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from scipy.fft import fft2
 
+FLATTEST = 0.02  # share of the blocks of like intensity that are measured
+
 
 def in_blocks(images, side):
     """All side x side blocks of images [(H,W)], half overlapping, (n,side,side) float64."""
@@ -89,3 +91,47 @@ def bins(x, most):
     low, high = np.quantile(x, [0.001, 0.999]) if len(x) else (0, 1)
     count = max(1, min(most, len(x) // 150))
     return np.clip((x - low) / max(high - low, 1e-12) * count, 0, count - 1).astype(int)
+
+
+def shared_through(stacks, correlation, lag):
+    """Correlation of the noise with the same pixel `lag` slices away, from stacks of neighbouring slices [(S,H,W)].
+
+    Where both slices are flat, what their high frequencies have in common is noise that they share. The flattest blocks
+    are looked for in the sum of the two slices, by half of the frequencies, and measured by the other half. Blocks of
+    like intensity are taken together; those with the least structure count (power at low over high frequencies).
+    Returns None if there are too few blocks to tell.
+    """
+    expect, (frequency, even) = np.maximum(expected(correlation, 8), 1e-6), halves(8)
+    high, low = frequency >= 0.25, (frequency < 0.25) & (expect > 0.05)
+    high &= expect > 0.1 * expect[high].mean()
+    common, power, both, mean = [], [], [], []
+    for stack in stacks:
+        for s in range(len(stack) - lag):
+            one, other = (in_blocks([stack[k]], 8) for k in (s, s + lag))
+            keep = usable(one) & usable(other)
+            one, other = one[keep], other[keep]
+            a, b = waves(one), waves(other)
+            common.append(((a * b.conj()).real / expect).astype(np.float32))
+            power.append(((np.abs(a) ** 2 + np.abs(b) ** 2) / 2 / expect).astype(np.float32))
+            both.append((np.abs(a + b) ** 2 / expect).astype(np.float32))
+            mean.append((one + other).mean((1, 2)) / 2)
+    if not mean:
+        return None
+    common, power, both, mean = map(np.concatenate, (common, power, both, mean))
+    bin_of, rows = bins(mean, 16), []
+    for k in np.unique(bin_of):
+        i = np.flatnonzero(bin_of == k)
+        if len(i) >= max(100, 0.01 * len(bin_of)):
+            count, shared, own, structure = max(30, int(FLATTEST * len(i))), 0.0, 0.0, 0.0
+            for chosen_by, measured_by in ((even, ~even), (~even, even)):
+                best = i[np.argsort(both[i][:, high & chosen_by].sum(1))[:count]]
+                shared += common[best][:, high & measured_by].sum()
+                own += power[best][:, high & measured_by].sum()
+                structure += power[best][:, low].mean()
+            level = own / count / high.sum()
+            rows.append((count, len(i), level, structure / 2 / max(level, 1e-12), shared / max(own, 1e-12)))
+    if not rows:
+        return None
+    count, size, level, ratio, found = map(np.array, zip(*rows))
+    ratio = np.where(level > 0.25 * np.average(level, weights=size * level), ratio, np.inf)
+    return float(np.average(found, weights=count * np.exp(-(((ratio - ratio.min()) / 0.1) ** 2))))
