@@ -145,14 +145,14 @@ def fit_levels(intensity, level, blocks, disorder):
     """Coefficients [a, b, c] >= 0 of the noise level function a + b x + c x^2, of the form that the points choose.
 
     Gaussian a, Poisson b x, Gamma c x^2, the last two perhaps over a Gaussian floor. Structure only ever adds: the
-    curve is the one that most points lie on and hardly any below, found by trying all that pass through points. Above
-    it no point may lie whose blocks are all as flat as each other: that is no structure.
+    curve is the one that most points lie on and hardly any below, found by trying all that pass through points. A point
+    above it costs as the logarithm of the excess (Cauchy's loss), so that a curve far below the dark points cannot win
+    by the bright ones, where lungs have texture in even their flattest blocks.
     """
     keep = level > 1e-4 * level.max()
     intensity, level, blocks, disorder = (v[keep] for v in (np.maximum(intensity, 0), level, blocks, disorder))
     trust = np.sqrt(blocks) / disorder
     trust = np.minimum(trust / trust.sum(), 0.25)  # a large background must not decide alone
-    firm = np.exp(-(((disorder - 1) / 0.15) ** 2))
     x = intensity[:, None] ** np.arange(3)
 
     def above(coefficients):  # how far the points lie above the curve, in tolerances of 8 %
@@ -168,9 +168,8 @@ def fit_levels(intensity, level, blocks, disorder):
         for points in itertools.combinations(range(len(level)), len(powers)):
             coefficients = solve(powers, list(points))
             off = above(coefficients)
-            hard, soft = np.minimum(4 * off**2, 9), off**2 / (1 + off**2)
-            cost = np.where(off > 0, soft + firm * (hard - soft), hard)
-            total = trust @ cost / trust.sum() + 0.08 * len(powers)
+            cost = np.where(off > 0, 0.4 * np.log1p(off**2), np.minimum(4 * off**2, 4))
+            total = trust @ cost / trust.sum() + 0.3 * len(powers)
             if total < best[0]:
                 best = total, powers, coefficients
     _, powers, coefficients = best
@@ -233,8 +232,8 @@ def measure(images, means=None, magnitude=False):
     """The noise model of images [(H,W)], from them alone, or better with predictions `means` of the same shapes.
 
     The correlation is that of the quieter of two models, with and without the predictions, since structure only ever
-    adds; the levels are fitted to the points of both. magnitude: the images are magnitudes (never negative), whose
-    dark places are left out. Raises ValueError if they are too small or too few.
+    adds; the levels are fitted to the points of both. magnitude: the images are never negative, so that they may be
+    magnitudes, whose dark places are left out. Raises ValueError if they are too small or too few.
     """
     points, models = [], []
     whole, (images, air) = images, without_air(images) if magnitude else (images, None)
@@ -247,6 +246,9 @@ def measure(images, means=None, magnitude=False):
         models.append(make_noise_model(fit_levels(*found), correlation))
     quieter = min(models, key=lambda model: np.mean([variance(model, image).mean() for image in images]))
     level = fit_levels(*np.concatenate(points, 1))
+    typical = np.mean([np.polyval(level[::-1], image).mean() for image in whole])
+    if air and typical > 4 * np.polyval(level[::-1], air[0]):
+        return measure(whole, means)  # Poisson or Gamma noise: its dark places look like the air of several coils
     dark = max(dark, 3 * level[0] ** 0.5) if magnitude else 0.0
     return quieter | dict(variance=level.tolist(), air=air, dark=dark, band=band(whole, dark or -np.inf))
 

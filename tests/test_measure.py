@@ -74,6 +74,34 @@ def test_many_coils(coils):
     assert np.sqrt(noise.variance(blind, 0.6)) < 0.85 * deviation
 
 
+def xray(seed, texture=0.05):
+    """An X-ray (256,256) in [0,1]: hardly a flat place where bright, flat where dark."""
+    rng = np.random.default_rng(seed)
+    r = np.hypot(*np.meshgrid(*2 * [np.linspace(-1, 1, 256)])) + 0.2 * gaussian_filter(rng.normal(0, 1, (256, 256)), 30)
+    bright = np.clip(1.2 - r, 0, 1)
+    return 0.03 + bright * (0.9 + texture * gaussian_filter(rng.normal(0, 1, (256, 256)), 1))
+
+
+def test_photons_of_textured_images():
+    """Texture at the bright end makes Poisson noise look like Gamma noise, its dark end like the air of coils."""
+    rng = np.random.default_rng(0)
+    images = [(rng.poisson(700 * xray(s)) / 700).astype(np.float32) for s in range(6)]
+    assert measure.without_air(images)[1]  # it is taken for air, at first
+    model = measure.measure(images, magnitude=True)
+    assert noise.law(model).startswith("poisson") and model["dark"] == 0 and model["air"] is None
+    for x in (0.05, 0.2, 0.8):
+        assert noise.variance(model, np.array(x)) == pytest.approx(x / 700, rel=0.25)
+
+
+def test_curve_under_texture():
+    """As in X-rays: points right where dark, 12 to 42 % too high where bright, though blocks are alike there."""
+    intensity = np.arange(0.04, 1, 0.04)
+    texture = np.interp(intensity, [0.3, 0.5, 0.75, 0.98], [0, 0.3, 0.42, 0.12])
+    disorder = np.interp(intensity, [0.04, 0.12, 0.3, 0.5, 1], [4.5, 2, 4, 1.8, 1])
+    law = measure.fit_levels(intensity, intensity / 700 * (1 + texture), np.full(len(intensity), 450), disorder)
+    assert law[2] == 0 and law[1] == pytest.approx(1 / 700, rel=0.2) and law[0] < 2e-5
+
+
 def test_anisotropic_noise():
     """Zero-filled lines of k-space: correlation along one axis only."""
     rng = np.random.default_rng(0)
