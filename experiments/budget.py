@@ -92,7 +92,6 @@ def run_cell(folder, clean, spec, args, seed, step):
     stages = noisy_cell(folder, clean, spec, args, seed)
 
     def attempt(run, *arguments, **made):
-        stages.changed = False  # the methods do not depend on each other
         return run(*arguments, **made)
 
     deep = min(v.shape[0] for v in data.read_volumes(str(stages.data[1]), "noisy", "test").values()) > 1

@@ -139,7 +139,6 @@ def run_cell(folder, scans, args):
     known = json.loads(found.read_text()) if found.exists() else {"methods": {}}
     known["methods"]["noisy"] = scores(dataset, law, None)
     for method in args.methods:
-        stages.changed = False  # the methods do not depend on each other
         for name, pred in predictions(stages, method, told).items():
             known["methods"][name] = scores(dataset, law, stages.path(pred))
         if method in ("instant", "tuned"):

@@ -123,7 +123,6 @@ class Cell(Stages):
 
     def make(self, method):
         """Runs a method; returns the name of its prediction file."""
-        self.changed = False
         self.shares = {bsn: 1, diffusion: 1, distill: 1}
         self.cost = {bsn: "puca", diffusion: "diffusion", distill: "student"}
         self.make_noisy()

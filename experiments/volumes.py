@@ -46,7 +46,6 @@ def run_cell(folder, clean, spec, args):
     stages.run(noise, "add", "--data", clean, *flags, out="noisy.h5")
     preds = {}
     for method in args.methods:
-        stages.changed = False  # the methods do not depend on each other
         preds |= (classic if method in ("nlm", *classical.METHODS) else trained)(stages, method, spec)
     named = [f"{name}={stages.path(file)}" for name, file in preds.items()]
     found = folder / "cell.json"

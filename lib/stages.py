@@ -12,8 +12,9 @@ from lib import runtime, training
 class Stages:
     """Runs stages one after the other on one dataset, each with its output in `folder`; prints their commands.
 
-    A stage is skipped if its output stands, made with the same arguments from the same data, and no stage before it has
-    run again. An interrupted training is resumed. The record of what was done is folder/stages.json.
+    A stage is skipped if its output stands, made with the same arguments from the same data, and none of the files of
+    the folder that it reads has been made anew since. An interrupted training is resumed. The record of what was done
+    is folder/stages.json.
 
     Args: folder: Path, made if it is not there. dataset: path of the noisy images. args: seed, device, precision,
     effort. digest: says which data it is, anything that JSON can hold.
@@ -25,10 +26,9 @@ class Stages:
     def __init__(self, folder, dataset, args, digest=None):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.data, self.args = folder, ["--data", str(dataset)], args
-        self.changed, self.made = False, set()  # whether a stage has run, and what this process has made
         self.record = folder / "stages.json"
         self.done = json.loads(self.record.read_text()) if self.record.exists() else {}
-        if self.done.get("data") != digest:
+        if self.done.get("data") != digest or not all("run" in done for _, done in self.outputs()):
             self.done = {"data": digest}
         self.common = ["--seed", args.seed, "--device", args.device, "--precision", args.precision]
 
@@ -50,23 +50,33 @@ class Stages:
     def once(self, action, argv, out, command, model=None):
         """Calls action(argv) unless that was done before; `model` is a checkpoint whose training can be resumed."""
         began, processor = time.monotonic(), time.process_time()
-        known = self.done.get(out, {})
-        same = known.get("argv") == argv and (not self.changed or out in self.made)
+        known, read = self.done.get(out, {}), self.read_by(argv, out)
+        same = known.get("argv") == argv and known.get("read") == read
         if same and known["seconds"] is not None and all((self.folder / name).exists() for name in (out, model or out)):
             return out
-        self.changed = True  # whatever follows is made anew
-        self.made.add(out)
         if model and not same:  # a model of other flags or inputs must not be resumed
             for path in (self.folder / model, training.partial_path(self.folder / model)):
                 path.unlink(missing_ok=True)
         print(f"\n$ {command}", flush=True)
-        self.note(out, argv, None)  # begun with these flags: only then may it be resumed
+        begun = dict(argv=argv, model=model, read=read, run=1 + max((d["run"] for _, d in self.outputs()), default=0))
+        self.note(out, begun | dict(seconds=None))  # with these flags, of these files: only then may it be resumed
         action([*argv, "--resume"] if model and same else argv)
-        self.note(out, argv, round(time.monotonic() - began, 1), round(time.process_time() - processor, 1))
+        spent = dict(seconds=time.monotonic() - began, processor_seconds=time.process_time() - processor)
+        self.note(out, begun | {k: round(v, 1) for k, v in spent.items()})
         return out
 
-    def note(self, out, argv, seconds, processor_seconds=None):
-        self.done[out] = dict(argv=argv, seconds=seconds, processor_seconds=processor_seconds)
+    def outputs(self):
+        """[(name, what is noted of it)] of all outputs of the folder."""
+        return [(name, done) for name, done in self.done.items() if name != "data"]
+
+    def read_by(self, argv, out):
+        """{name: number of the run that made it}: outputs of other stages that the arguments of stage `out` name."""
+        named = {str(flag) for flag in argv}
+        found = {n: d["run"] for n, d in self.outputs() if {self.path(n), self.path(d["model"] or n)} & named}
+        return {name: run for name, run in found.items() if name != out}
+
+    def note(self, out, done):
+        self.done[out] = done
         with runtime.atomic_write(self.record) as temporary:
             temporary.write_text(json.dumps(self.done, indent=1) + "\n")
 
