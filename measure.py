@@ -248,7 +248,7 @@ def measure(images, means=None, magnitude=False):
     level = fit_levels(*np.concatenate(points, 1))
     typical = np.mean([np.polyval(level[::-1], image).mean() for image in whole])
     if air and typical > 4 * np.polyval(level[::-1], air[0]):
-        return measure(whole, means)  # Poisson or Gamma noise: its dark places look like the air of several coils
+        air, magnitude = None, False  # Poisson or Gamma noise, whose dark places look like the air of several coils
     dark = max(dark, 3 * level[0] ** 0.5) if magnitude else 0.0
     return quieter | dict(variance=level.tolist(), air=air, dark=dark, band=band(whole, dark or -np.inf))
 
