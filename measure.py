@@ -23,16 +23,23 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.optimize import nnls
 
-from lib.blocks import FLATTEST, alike_all_over, bins, expected, flattest, halves, in_blocks, periodogram, usable
+from lib.blocks import (
+    FLATTEST,
+    alike_all_over,
+    bins,
+    expected,
+    flattest,
+    halves,
+    in_blocks,
+    least_structure,
+    periodogram,
+    usable,
+)
 from noise import DARK, REACH, make_noise_model, sample, variance
 
 
 def shape(power, structure, bin_of, weight):
-    """Mean power spectrum (16,16) of the flattest blocks, each bin of intensity scaled to its own level.
-
-    Bins with the least structure count: power at low frequencies, over the noise found at the high ones. Those with
-    little noise do not: what is measured there is something else, such as the rounding of black background.
-    """
+    """Mean power spectrum (16,16) of the flattest blocks, each bin of intensity scaled to its own level."""
     white = expected(np.ones((1, 1)), power.shape[-1])
     frequency, _ = halves(power.shape[-1])
     low, high = (frequency < 0.25) & (white > 0.05), frequency >= 0.25
@@ -46,10 +53,8 @@ def shape(power, structure, bin_of, weight):
             rows.append((count, len(i), level, (found / weight)[low].mean() / level, found / level))
     if not rows:
         raise ValueError("too few blocks of like intensity to measure the noise: it needs about a 160x160 image")
-    count, size, level, ratio, found = (np.array(column) for column in zip(*rows))
-    ratio = np.where(level > 0.25 * np.average(level, weights=size * level), ratio, np.inf)
-    share = count * np.exp(-(((ratio - ratio.min()) / 0.1) ** 2))
-    out = np.tensordot(share / share.sum(), found, 1)
+    *bin_facts, found = (np.array(column) for column in zip(*rows))
+    out = np.tensordot(least_structure(*bin_facts), found, 1)
     out[0, 0] = 0  # unknown: blocks have lost their mean
     return (out + np.roll(out[::-1, ::-1], (1, 1), (0, 1))) / 2
 

@@ -93,13 +93,24 @@ def bins(x, most):
     return np.clip((x - low) / max(high - low, 1e-12) * count, 0, count - 1).astype(int)
 
 
+def least_structure(count, size, level, ratio):
+    """Weights (n,), of sum 1, of bins of intensity: those count whose flattest blocks hold the least structure.
+
+    count: blocks measured; size: blocks in the bin; level: of their noise; ratio: power at low frequencies over that
+    level; (n,) all. Bins with little noise do not count: what is measured there is something else, such as the rounding
+    of black background.
+    """
+    ratio = np.where(level > 0.25 * np.average(level, weights=size * level), ratio, np.inf)
+    weight = count * np.exp(-(((ratio - ratio.min()) / 0.1) ** 2))
+    return weight / weight.sum()
+
+
 def shared_through(stacks, correlation, lag):
     """Correlation of the noise with the same pixel `lag` slices away, from stacks of neighbouring slices [(S,H,W)].
 
     Where both slices are flat, what their high frequencies have in common is noise that they share. The flattest blocks
-    are looked for in the sum of the two slices, by half of the frequencies, and measured by the other half. Blocks of
-    like intensity are taken together; those with the least structure count (power at low over high frequencies).
-    Returns None if there are too few blocks to tell.
+    are looked for in the sum of the two slices, by half of the frequencies, and measured by the other half. Returns
+    None if there are too few blocks to tell.
     """
     expect, (frequency, even) = np.maximum(expected(correlation, 8), 1e-6), halves(8)
     high, low = frequency >= 0.25, (frequency < 0.25) & (expect > 0.05)
@@ -132,6 +143,5 @@ def shared_through(stacks, correlation, lag):
             rows.append((count, len(i), level, structure / 2 / max(level, 1e-12), shared / max(own, 1e-12)))
     if not rows:
         return None
-    count, size, level, ratio, found = map(np.array, zip(*rows))
-    ratio = np.where(level > 0.25 * np.average(level, weights=size * level), ratio, np.inf)
-    return float(np.average(found, weights=count * np.exp(-(((ratio - ratio.min()) / 0.1) ** 2))))
+    *bin_facts, found = map(np.array, zip(*rows))
+    return float(least_structure(*bin_facts) @ found)
