@@ -23,18 +23,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.optimize import nnls
 
-from lib.blocks import (
-    FLATTEST,
-    alike_all_over,
-    bins,
-    expected,
-    flattest,
-    halves,
-    in_blocks,
-    least_structure,
-    periodogram,
-    usable,
-)
+from lib.blocks import FLATTEST, bin_weight, bins, expected, flattest, halves, in_blocks, periodogram, stationary, usable
 from noise import DARK, REACH, make_noise_model, sample, variance
 
 
@@ -54,7 +43,7 @@ def shape(power, structure, bin_of, weight):
     if not rows:
         raise ValueError("too few blocks of like intensity to measure the noise: it needs about a 160x160 image")
     *bin_facts, found = (np.array(column) for column in zip(*rows))
-    out = np.tensordot(least_structure(*bin_facts), found, 1)
+    out = np.tensordot(bin_weight(*bin_facts), found, 1)
     out[0, 0] = 0  # unknown: blocks have lost their mean
     return (out + np.roll(out[::-1, ::-1], (1, 1), (0, 1))) / 2
 
@@ -73,7 +62,7 @@ def measure_correlation(images, means=None):
     """Correlation table (13,13) of the noise in images; `means`, predictions of them, tell where they are flat."""
     blocks = in_blocks(images, 16)
     keep = usable(blocks)
-    keep[keep] = alike_all_over(blocks[keep])
+    keep[keep] = stationary(blocks[keep])
     if not keep.any():
         raise ValueError("no 16x16 pixels of the images have noise that is alike all over: its level cannot be told")
     blocks, guide = blocks[keep], None if means is None else in_blocks(means, 16)[keep]
@@ -91,7 +80,7 @@ def measure_correlation(images, means=None):
     for _ in range(2):
         synthetic = sample(dict(variance=[1, 0, 0], correlation=table), np.zeros((4, 512, 512), np.float32), generator)
         blocks = in_blocks(synthetic, 16)
-        power = periodogram(blocks[alike_all_over(blocks)])
+        power = periodogram(blocks[stationary(blocks)])
         # A prediction's structure is nearly free of the block's noise: so is a choice that does not look at it.
         structure = power if means is None else generator.random(power.shape)
         table = table + measured - correlation_of(shape(power, structure, np.zeros(len(power), int), weight))
