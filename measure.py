@@ -23,7 +23,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.optimize import nnls
 
-from lib.blocks import FLATTEST, bin_weight, bins, expected, flattest, halves, in_blocks, periodogram, stationary, usable
+from lib.blocks import FLATTEST, bin_trust, bins, expected, flattest, halves, in_blocks, periodogram, stationary, usable
 from noise import DARK, REACH, make_noise_model, sample, variance
 
 
@@ -43,7 +43,7 @@ def shape(power, structure, bin_of, weight):
     if not rows:
         raise ValueError("too few blocks of like intensity to measure the noise: it needs about a 160x160 image")
     *bin_facts, found = (np.array(column) for column in zip(*rows))
-    out = np.tensordot(bin_weight(*bin_facts), found, 1)
+    out = np.tensordot(bin_trust(*bin_facts), found, 1)
     out[0, 0] = 0  # unknown: blocks have lost their mean
     return (out + np.roll(out[::-1, ::-1], (1, 1), (0, 1))) / 2
 

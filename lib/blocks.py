@@ -93,7 +93,7 @@ def bins(x, most):
     return np.clip((x - low) / max(high - low, 1e-12) * count, 0, count - 1).astype(int)
 
 
-def bin_weight(count, size, level, ratio):
+def bin_trust(count, size, level, ratio):
     """Weights (n,), of sum 1, of bins of intensity: those count whose flattest blocks hold the least structure.
 
     count: blocks measured; size: blocks in the bin; level: of their noise; ratio: power at low frequencies over that
@@ -144,4 +144,4 @@ def shared_through(stacks, correlation, lag):
     if not rows:
         return None
     *bin_facts, found = map(np.array, zip(*rows))
-    return float(bin_weight(*bin_facts) @ found)
+    return float(bin_trust(*bin_facts) @ found)
