@@ -232,19 +232,23 @@ def measure(images, means=None, magnitude=False):
     points, models = [], []
     whole, (images, air) = images, without_air(images) if magnitude else (images, None)
     dark = DARK * air[0] if air else 0.0
+
+    def loud(model):
+        return np.mean([variance(model, image).mean() for image in images])
+
     for guide in [None] if means is None else [None, means]:
         correlation = measure_correlation(images, guide)
         found = measure_levels(images, correlation, guide)
         above = found[0] > np.maximum(3 * np.sqrt(found[1]), dark)
         points.append(found[:, above] if magnitude and above.any() else found)
         models.append(make_noise_model(fit_levels(*found), correlation))
-    quieter = min(models, key=lambda model: np.mean([variance(model, image).mean() for image in images]))
     level = fit_levels(*np.concatenate(points, 1))
-    typical = np.mean([np.polyval(level[::-1], image).mean() for image in whole])
-    if air and typical > 4 * np.polyval(level[::-1], air[0]):
-        air, magnitude = None, False  # Poisson or Gamma noise, whose dark places look like the air of several coils
+    model = min(models, key=loud) | dict(variance=level.tolist())
+    if air and loud(model) > 4 * variance(model, np.array(air[0])):
+        # Poisson or Gamma noise, whose dark places look like the air of several coils: with and without them
+        return min(model | dict(band=band(whole)), measure(whole, means), key=loud)
     dark = max(dark, 3 * level[0] ** 0.5) if magnitude else 0.0
-    return quieter | dict(variance=level.tolist(), air=air, dark=dark, band=band(whole, dark or -np.inf))
+    return model | dict(air=air, dark=dark, band=band(whole, dark or -np.inf))
 
 
 # ---------------------------------------------------------------------------------------------------------------
