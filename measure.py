@@ -162,7 +162,7 @@ def fit_levels(intensity, level, blocks, disorder):
         for points in itertools.combinations(range(len(level)), len(powers)):
             coefficients = solve(powers, list(points))
             off = above(coefficients)
-            cost = np.where(off > 0, 0.4 * np.log1p(off**2), np.minimum(4 * off**2, 4))
+            cost = np.where(off > 0, 0.3 * np.log1p(off**2), np.minimum(4 * off**2, 4))
             total = trust @ cost / trust.sum() + 0.3 * len(powers)
             if total < best[0]:
                 best = total, powers, coefficients

@@ -102,6 +102,16 @@ def test_curve_under_texture():
     assert law[2] == 0 and law[1] == pytest.approx(1 / 700, rel=0.2) and law[0] < 2e-5
 
 
+def test_level_under_texture():
+    """The same with white noise: the dark points say that its level is the same everywhere."""
+    intensity = np.arange(0.02, 1, 0.042)
+    over = np.interp(intensity, [0.2, 0.4, 0.6, 0.85, 0.95], [1.02, 1.3, 1.5, 1.6, 1.45])
+    over[-1] = 1.12
+    disorder = np.interp(intensity, [0.02, 0.15, 0.32, 0.5, 1], [1.1, 1.6, 2.7, 1.6, 1.2])
+    law = measure.fit_levels(intensity, 5.5e-4 * over, np.full(len(intensity), 450), disorder)
+    assert noise.law(dict(variance=law)) == "gaussian" and law[0] == pytest.approx(5.5e-4, rel=0.06)
+
+
 def test_anisotropic_noise():
     """Zero-filled lines of k-space: correlation along one axis only."""
     rng = np.random.default_rng(0)
