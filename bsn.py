@@ -1,8 +1,8 @@
 """Stage 1: the blind-spot network, a first estimate x_c of the clean image from noisy images alone (Sec. 3.4).
 
 Each pixel is predicted from its surroundings and never from itself (J-invariance). Noise that is independent of what is
-around it cannot be predicted: a network that learns the *noisy* pixel learns the clean one. The network is PUCA's (Jang
-et al. 2023): masked convolution, dilated NAF blocks, patch-unshuffle U shape.
+around it cannot be predicted: a network that learns the *noisy* pixel learns the clean one. The network is after PUCA
+(Jang et al. 2023): masked convolution, dilated blocks, patch-unshuffle U shape.
 
     In    knee.h5      volumes/<name>/noisy  (S,H,W) float32, about [0,1], H and W >= 16
     Out   bsn_out.h5   volumes/<name>/pred   (S,H,W) float32, about [0,1]: the condition x_c
@@ -13,9 +13,10 @@ et al. 2023): masked convolution, dilated NAF blocks, patch-unshuffle U shape.
     python bsn.py --data knee.h5                           # trains bsn.pt, then writes bsn_out.h5
     python bsn.py --data other.h5 --predict --model bsn.pt --out other_bsn.h5
 
-Symbols: y is the noisy image (the paper's x'), x_c the prediction. Two things differ from the published PUCA, and keep
-the blind spot exact: a convolution dilated by d is an ordinary one on the d*d subsampled images (the same, faster), and
-channel attention pools each of those by itself, since pooling over all lets a pixel see itself.
+Symbols: y is the noisy image (the paper's x'), x_c the prediction. `--preset paper` is PUCA with one change that keeps
+the blind spot exact: channel attention pools each subsampled image by itself, since pooling over all lets a pixel see
+itself. `fast` has dense 3x3 blocks and L2 besides. A convolution dilated by d is computed as an ordinary one on the d*d
+subsampled images: the same, faster.
 
 With --context K the network also sees K slices on each side, at the same place too, as long as the noise is independent
 from slice to slice; where it is not, --hole all makes the same hole in all of them. `--arch lgbpn` is LG-BPN (Wang et

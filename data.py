@@ -417,6 +417,9 @@ def main(argv=None):
     if args.__dict__.pop("command") == "show":
         return show(args)
     runtime.check_outputs(args.sources, [args.out])
+    for source in map(Path, args.sources):
+        if source.is_dir() and source.resolve() in Path(args.out).resolve().parents:
+            raise ValueError(f"--out {args.out} lies in the input {source}: give another folder")
     import_images(args)
 
 

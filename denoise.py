@@ -20,8 +20,8 @@ It runs the stages one after the other and prints, before each, the command that
               noise is stronger in some places, or volumes, than in others, images are first divided by a map of it
     scratch   a new student by recorruption; the noise is measured with a blind-spot network and the posterior update
     paper     blind-spot network, diffusion, SRDS, student of the SRDS mean: Demir, Liu et al.; needs no noise model
-    auto      tuned; paper if the images were stored as JPEG, for which no noise model holds; scratch for a --context
-              other than 0 and 2 (default)
+    auto      (default) tuned; paper if the images were stored as JPEG, for which no noise model holds; scratch for a
+              --context other than 0 and 2
 
 --rounds N repeats scratch or paper from its own result (the paper's Table 4): the denoised images are the next round's
 condition, or the prediction with which the noise is measured again.
@@ -62,7 +62,7 @@ from lib.stages import Stages
 # ---------------------------------------------------------------------------------------------------------------
 WEIGHTS = {k: Path(__file__).with_name("weights") / name for k, name in ((0, "images.pt"), (2, "volumes.pt"))}
 TUNING_STEPS, TUNING_RATE = 1500, 1e-3
-UNEVEN = {0: 0.15, 2: 0.08}  # share by which noise differs from place to place; alike: volumes up to 0.06, X-rays 0.11
+UNEVEN = {0: 0.15, 2: 0.08}  # by context: deviation of the log of the noise's map; where it is alike, 0.11 and 0.06
 LAWLESS = 0.4  # correlation error of what was removed: good outputs up to 0.1, wrong levels 0.26 (results/report.md)
 DOUBT = 0.2  # dB by which a tuned network must seem better: it has learned what is wrong with the law, too
 SNAPSHOTS = 4  # of the diffusion model, from which the paper's recipe chooses
@@ -117,7 +117,8 @@ def tuned_recipe(stages):
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", known]
     flags += ["--model", *(f"{name}={path}" for name, path in students.items())]
     found = estimate(stages, flags, "best.json")
-    best = max(found, key=lambda name: found[name]["psnr"] - DOUBT * (name == "tuned network"))
+    sure = {name: one["psnr"] - one.get("sd", 0) for name, one in found.items()}
+    best = max(sure, key=lambda name: sure[name] - DOUBT * (name == "tuned network"))
     kept = "images as they are" if best == "noisy" else best
     print(f"denoise: kept the {kept}: estimated PSNR {found[best]['psnr']:.2f} dB", flush=True)
     images, student = "tuned_out.h5", "tuned.pt"
@@ -333,7 +334,8 @@ def denoise_files(args, held):
     out, stages, std, work = Path(args.out), None, args.std, Path(args.out) / "diffdenoise"
     share, tell, began = record.share_of(args.share, args.model), record.teller(args.json), time.monotonic()
     model_path, recipe = Path(args.model) if args.model else work / "student.pt", "none: --model"
-    options = args.device, args.precision, args.memory, args.ensemble or (1 if args.model or args.instant else 8)
+    ensemble = args.ensemble or (1 if args.model or args.instant else 8)
+    options = args.device, args.precision, args.memory or 2 << 30, ensemble
     student = distill.student(model_path, *options, std=std) if args.model else None
     sides = [name for name, asked in dict(std=std, removed=args.removed, noise=args.noise_map_out).items() if asked]
     jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, sides, args.bids, share)
@@ -360,7 +362,7 @@ def denoise_files(args, held):
         student.noise_map = lambda volume: gains(volume.shape)
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}"
     method += ", bias corrected" if args.bias_correct else ""
-    told = dict(Method=method, Parameters={"Ensemble": options[-1]}, NoiseModel=student.noise_model)
+    told = dict(Method=method, Parameters={"Ensemble": ensemble}, NoiseModel=student.noise_model)
     tools, rows, stop = evaluate.report_tools(law, student), {}, held.enter_context(runtime.stoppable("this file"))
     look = functools.partial(page.look, rows, tools)
     counts = apply.denoise_files(jobs, student, method, work, problems, args.force, share, stop, tell, told, look)
@@ -403,14 +405,14 @@ def main(argv=None):
     p.add_argument("--json", action="store_true", help="print a line of JSON for each file, and all else to stderr")
     p.add_argument("--with-names", action="store_true", help="name files and folders in report.html")
     p.add_argument("--force", action="store_true", help="replace files, and denoise masks and label maps")
-    p.add_argument("--memory", type=runtime.size, default="2G", help="for large images, in bytes (default 2G)")
+    p.add_argument("--memory", type=runtime.size, help="for large images, in bytes (default 2G)")
     p.add_argument("--key", help="dataset in plain HDF5 files that hold more than one")
     p.add_argument("--acquisition", help="only HDF5 files (fastMRI, M4Raw) with this attribute, such as AXT2")
     args = p.parse_args(argv)
     if bool(args.inputs) + bool(args.data) + args.demo != 1:
         raise ValueError("give image files or folders, or --data, or --demo")
     named = ["model", "std", "removed", "noise_map", "noise_map_out", "bias_correct", "bids", "share", "json"]
-    named += ["with_names", "force", "key", "acquisition"]
+    named += ["with_names", "force", "key", "acquisition", "ensemble", "memory"]
     given = [f"--{name}".replace("_", "-") for name in named if getattr(args, name)]
     if given and not args.inputs:
         raise ValueError(f"{', '.join(given)}: these are for image files alone")

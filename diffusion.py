@@ -314,9 +314,9 @@ def train(args, checkpoint=None):
             raise ValueError(f"{args.cond} holds the noisy images of {args.data} themselves: there is nothing to learn")
     hidden = read_hidden(args.cond, list(conditions)) if args.condition == "hidden" else None
     torch.manual_seed(args.seed)
-    network, abar = UNet(**model_args), alpha_bar(extra["T"])
+    network = UNet(**model_args)
     run = training.Training("diffusion", args, checkpoint, network, model_args=model_args, extra=extra, inputs=inputs)
-    context = model_args.get("context", 0)
+    context, abar = model_args.get("context", 0), alpha_bar(extra["T"]).float().to(run.device)
     contexts = [0, context, *([context, 0] if hidden else [])]
     for step in run.steps():
         rng = run.rng(step)
@@ -324,10 +324,10 @@ def train(args, checkpoint=None):
         y, c, *more = data.random_crops(stacks, args.batch, args.crop, rng, run.rank, run.world, contexts)
         t = torch.from_numpy(rng.integers(len(abar), size=args.batch)[run.rank :: run.world]).to(run.device)
         eps = runtime.gaussian(rng, args.batch, *y.shape[1:])[run.rank :: run.world]
-        c, mask = more if hidden else (c, torch.ones_like(y))
+        c, *mask = more if hidden else [c]
         x0 = to_x(y, c[:, context, None], extra["target"], extra["std"])
-        x0, c, eps, mask = run.to_device(x0, c, eps, mask)
-        batch = x0, scaled(c), abar, t, eps, extra["predict"], mask if hidden else None
+        x0, c, eps, *mask = run.to_device(x0, c, eps, *mask)
+        batch = x0, scaled(c), abar, t, eps, extra["predict"], *mask
         with run.autocast():
             loss = diffusion_loss(run.net, *batch)
         run.update(loss, trivial=diffusion_loss(zero, *batch))

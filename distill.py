@@ -222,7 +222,7 @@ from lib import planes, runtime, training
 
 LOSSES = {"mse": mse_loss, "psnr": psnr_loss}
 NETWORKS = {"nafnet": NAFNet, "resunet": ResUNet, "told": ToldResUNet}
-BYTES = {NAFNet: 50, ResUNet: 10, ToldResUNet: 10}  # a pixel takes, for each of its width: measured, float32
+BYTES = {NAFNet: 50, ResUNet: 10, ToldResUNet: 10}  # per pixel and feature of `width`, float32: measured
 SETTINGS = {  # what it sets, its value in fast, in nafnet (as small as fast), in paper: NAFNet's for SIDD at width 32
     "arch": ("network", "resunet", "nafnet", "nafnet"),
     "width": ("features at the first level", 32, 16, 32),
@@ -310,11 +310,12 @@ def train(args, checkpoint=None):
     network, model_args = start_network(args, checkpoint, stacks[0], noise_model)
     extra, context = dict(crop=args.crop, noise=noise_model), model_args.get("context", 0)
     run = training.Training("distill", args, checkpoint, network, model_args=model_args, extra=extra, inputs=inputs)
-    joint = noise_model and any(noise_model.get("through", ()))  # the noise of the neighbours is not independent
-    contexts, turns = [context, context if joint else 0][: len(stacks)], noise.turns(noise_model)
+    joint = noise_model and any(noise_model.get("through", ()))  # neighbours share noise
     unchanged = lambda y: y[:, context, None]  # noqa: E731  the trivial network
+    contexts = [context, context if joint else 0][: len(stacks)]
+    split = run.rank, run.world, contexts, noise.symmetries(noise_model)
     for step in run.steps():
-        y, *more = data.random_crops(stacks, args.batch, args.crop, run.rng(step), run.rank, run.world, contexts, turns)
+        y, *more = data.random_crops(stacks, args.batch, args.crop, run.rng(step), *split)
         if noise_model:
             rngs = [run.rng(step, 1, j) for j in range(run.rank, args.batch, run.world)]
             own, guess, rest = y[:, context, None], more[0] if more else None, (more or [y])[0][:, contexts[-1], None]
@@ -332,7 +333,7 @@ def train(args, checkpoint=None):
 def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, told=None, std=False):
     """The denoiser that a checkpoint holds: callable, (B,2k+1,H,W) noisy to (B,1,H,W) denoised, both on the CPU.
 
-    ensemble: 8 for the mean over flips and, but where rows and columns have different noise, quarter turns. Large
+    ensemble: 8 for the mean over flips and quarter turns, those of noise.symmetries. Large
     images go in tiles: a run takes about `memory` bytes beside its start. told: (noise model, {name: (S,H,W) noisy}),
     for a network of weights/. std: (B,2,H,W), with noise.deviation, nine times as slow. Attributes: context k,
     noise_model, once (itself without ensemble and std), beside and planes (the two other planes of a volume and their
@@ -367,7 +368,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
     once = across(0)
 
     def denoise(y):
-        x = data.mean_over_symmetries(once, y, noise.turns(known)) if ensemble == 8 else once(y)
+        x = data.mean_over_symmetries(once, y, noise.symmetries(known)) if ensemble == 8 else once(y)
         rngs = [runtime.step_rng(0) for _ in y]  # the same for each slice: what is written depends on y alone
         return torch.cat([x, noise.deviation(known, once, y, x, rngs)], 1) if std else x
 
@@ -381,7 +382,7 @@ def weigh_planes(args):
     """Finds how much the two other planes of volumes should count, and adds that to the checkpoint args.model."""
     noisy = data.read_volumes(args.data, "noisy", data.to_learn_from(args.data))
     law = (denoise := student(args.model, args.device, args.precision)).noise_model
-    s2 = lambda x, y: noise.variance(law, x) * noise.bright(law, y)  # noqa: E731
+    s2 = lambda x, y: noise.local_variance(law, x, y) * noise.bright(law, y)  # noqa: E731
     planes.add_weight(args.model, denoise, noisy, lambda *images: noise.sample(law, *images), s2)
 
 
@@ -399,13 +400,13 @@ def predict(args):
 
 
 def write_samples(args, denoise, noisy):
-    """Writes the student's output and args.samples possible clean images (noise.samples) of each volume to args.out."""
+    """Writes the student's output and args.samples of noise.posterior_samples of each volume to args.out."""
     law, once = denoise.noise_model, lambda y: planes.across(denoise.once, y, 0, denoise.context)[0]
     with data.write_volumes(args.out, "prediction", "distill", vars(args), like=args.data, noise=law) as add:
         for k, (name, volume) in enumerate(runtime.progress(noisy.items(), "samples")):
             y = np.asarray(volume[:], np.float32)
-            x, std = planes.across(denoise, y, 0, denoise.context)
-            drawn = noise.samples(law, once, y, x, runtime.step_rng(args.seed or 0, k), args.samples).swapaxes(0, 1)
+            (x, std), rng = planes.whole(denoise, y), runtime.step_rng(args.seed or 0, k)
+            drawn = noise.posterior_samples(law, once, y, x, rng, args.samples).swapaxes(0, 1)
             for array, v in zip(add(name, volume.shape, ["pred", "std", ("samples", args.samples)]), (x, std, drawn)):
                 array[:] = v
     print(f"distill: {len(noisy)} volumes, {args.samples} samples each -> {args.out}", flush=True)

@@ -85,8 +85,8 @@ def calibration(path, pred, split):
 
 def no_reference(y, x, noise_model):
     """What can be told of the slice x (H,W), denoised from y, without the clean image: see the module."""
-    law = counted(x, noise_model)
-    return residual.measure(y, x, law, np.asarray(noise_model["correlation"]), noise.spectrum(noise_model, *law.shape))
+    s2 = counted(y, x, noise_model)
+    return residual.measure(y, x, s2, np.asarray(noise_model["correlation"]), noise.spectrum(noise_model, *s2.shape))
 
 
 def noise_at(x, noise_model):
@@ -94,18 +94,18 @@ def noise_at(x, noise_model):
     return noise.variance(noise_model, gaussian_filter(np.asarray(x, np.float64), 1))
 
 
-def counted(x, noise_model):
-    """`noise_at`, 0 where magnitudes are so dark that their noise is not that of the model."""
-    return np.where(noise.bright(noise_model, x), noise_at(x, noise_model), 0)
+def counted(y, x, noise_model):
+    """`noise_at`, 0 where y has none (masked), or magnitudes are so dark that their noise is not that of the model."""
+    return np.where(noise.bright(noise_model, x) & ~noise.constant(y), noise_at(x, noise_model), 0)
 
 
 def probe(denoise, y, noise_model, generator, strength=0.1):
-    """(slice y, f(y), z, a), each (H,W), of the denoiser f: z is fresh noise, a the answer to it (noise.answer).
+    """(slice y, f(y), z, a), each (H,W), of the denoiser f: z is fresh noise, a the derivative of f along it.
 
     Args: denoise: (B,2k+1,H,W) to (B,1,H,W), tensors. y: (1,2k+1,H,W), the slice with its neighbours. strength: of z.
     """
     x = denoise(y)
-    z, a = noise.answer(noise_model, denoise, y, x, [generator], strength)
+    z, a = noise.directional_derivative(noise_model, denoise, y, x, [generator], strength)
     return tuple(v[0, v.shape[1] // 2].numpy() for v in (y, x, z, a))
 
 
@@ -130,7 +130,7 @@ def estimate(denoise, noisy, noise_model, slices=24, seed=0):
 
     noisy: {name: (S,H,W)}, of which `slices` evenly spaced ones are looked at. denoise.context: neighbours it sees.
     The error of the noise model itself comes on top, the same for all denoisers. "uneven": by what share the noise
-    differs from place to place (standard deviation of the logarithm of noise.gain).
+    differs from place to place (standard deviation of the logarithm of `found_gain`).
     """
     context, every = getattr(denoise, "context", 0), [(name, s) for name, v in noisy.items() for s in range(v.shape[0])]
     some = [every[i] for i in data.evenly(len(every), slices)]
@@ -145,7 +145,7 @@ def estimate_stacks(denoise, stacks, noise_model, seed=0):
         y = torch.from_numpy(np.asarray(stack, np.float32))[None]
         seen = probe(denoise, y, noise_model, runtime.step_rng(seed, k))
         found.append(estimated_error(*seen, noise_model))
-        gains.append(np.log(noise.gain(noise_model, *(v[None] for v in seen))).ravel())
+        gains.append(np.log(found_gain(noise_model, *(v[None] for v in seen))).ravel())
     mse, s2, _ = np.average(found, 0, weights=np.array(found)[:, 2])  # dark slices have little to say
     spread = np.std(found, 0)[0] / len(found) ** 0.5
     mse, s2 = max(mse, 1e-3 * s2, 1e-12), max(s2, 1e-12)
@@ -153,8 +153,14 @@ def estimate_stacks(denoise, stacks, noise_model, seed=0):
     return dict(psnr=-10 * np.log10(mse), sd=4.34 * spread / mse, noisy=-10 * np.log10(s2), uneven=uneven)
 
 
+def found_gain(noise_model, y, x, z, a, apart=None):
+    """By what factor the noise is stronger than the model says, (S,H/8,W/8), by `probe` of some slices."""
+    s2, same = noise.variance(noise_model, x), noise.constant(y)
+    return residual.gain(y, x, z, a, s2, same, noise_model.get("dark"), apart)
+
+
 def noise_map(denoise, volume, noise_model, most=12):
-    """noise.gain of every slice of a noisy volume (S,H,W), found in a few rounds: (S,H/8,W/8).
+    """`found_gain` of every slice of a noisy volume (S,H,W), found in a few rounds: (S,H/8,W/8).
 
     denoise: as of `probe`; its attribute `context` is k. With neighbours, `most` slices are looked at and the others
     lie between them; without, slices have nothing to do with each other. The map is that to noise of one level: one
@@ -163,7 +169,7 @@ def noise_map(denoise, volume, noise_model, most=12):
     context, (count, *shape) = getattr(denoise, "context", 0), volume.shape
     chosen = data.evenly(count, most if context else count)
     apart = (count - 1) / max(len(chosen) - 1, 1) if context else None
-    total = np.ones((count, *(-(-n // noise.BLOCK) for n in shape)))
+    total = np.ones((count, *(-(-n // residual.BLOCK) for n in shape)))
     level = np.mean([noise.variance(noise_model, volume[s]).mean() for s in chosen])
     noise_model = noise_model | dict(variance=[float(level), 0.0, 0.0])
 
@@ -175,9 +181,9 @@ def noise_map(denoise, volume, noise_model, most=12):
 
     for _ in range(3):  # a denoiser that is told too low a level takes off too little: the next round sees more
         if context:
-            found = noise.gain(noise_model, *map(np.concatenate, zip(*map(look, chosen))), apart)
+            found = found_gain(noise_model, *map(np.concatenate, zip(*map(look, chosen))), apart)
         else:
-            found = np.concatenate([noise.gain(noise_model, *look(s)) for s in chosen])
+            found = np.concatenate([found_gain(noise_model, *look(s)) for s in chosen])
         total *= interp1d(chosen, found, axis=0)(np.arange(count)) if count > 1 else found
         if np.log(found).std() < 0.05:
             break
@@ -225,7 +231,7 @@ def report_tools(noise_model, denoise=None):
         measure=lambda y, x: no_reference(y, x, known),
         rank=residual.rank,
         verdict=residual.said,
-        residual=lambda y, x: residual.standardized(y, x, counted(x, known)),
+        residual=lambda y, x: residual.standardized(y, x, counted(y, x, known)),
         spectra=lambda r, noisy: residual.spectra(r, noisy, noise.spectrum(known, *r.shape)),
         deviation=lambda x: np.sqrt(noise.variance(known, x)),
         correlation=np.asarray(known["correlation"]),
@@ -267,7 +273,7 @@ def measure_without_reference(noisy, path, file, split, noise_model):
                 continue
             slices.append(no_reference(y, x, noise_model))
             if stage == "bsn":
-                squares.append(np.square(y - x).mean() - noise.variance(noise_model, x).mean())
+                squares.append(np.square(y - x).mean() - noise.local_variance(noise_model, x, y).mean())
             elif std:
                 squares.append(np.square(std[v][s]).mean())
     if not slices:

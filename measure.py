@@ -27,7 +27,7 @@ from lib.blocks import FLATTEST, bin_trust, bins, expected, flattest, halves, in
 from noise import DARK, REACH, make_noise_model, sample, variance
 
 
-def shape(power, structure, bin_of, weight):
+def flattest_spectrum(power, structure, bin_of, weight):
     """Mean power spectrum (16,16) of the flattest blocks, each bin of intensity scaled to its own level."""
     white = expected(np.ones((1, 1)), power.shape[-1])
     frequency, _ = halves(power.shape[-1])
@@ -71,7 +71,7 @@ def measure_correlation(images, means=None):
     bin_of = bins((blocks if means is None else guide).mean((1, 2)), 16)
     weight, high = np.ones((16, 16)), halves(16)[0] >= 0.25
     for _ in range(3):
-        found = shape(power, structure, bin_of, weight)
+        found = flattest_spectrum(power, structure, bin_of, weight)
         weight = np.maximum(found, 0.02 * found.mean())
         weight /= weight[high].mean()
     measured = correlation_of(found)
@@ -83,7 +83,8 @@ def measure_correlation(images, means=None):
         power = periodogram(blocks[stationary(blocks)])
         # A prediction's structure is nearly free of the block's noise: so is a choice that does not look at it.
         structure = power if means is None else generator.random(power.shape)
-        table = table + measured - correlation_of(shape(power, structure, np.zeros(len(power), int), weight))
+        found = flattest_spectrum(power, structure, np.zeros(len(power), int), weight)
+        table = table + measured - correlation_of(found)
     # The outermost ring shows how far entries that should be 0 are off: shrink what does not stand out (Stein).
     offset = np.abs(np.arange(-REACH, REACH + 1))
     doubt = np.sqrt(np.square(table[np.maximum.outer(offset, offset) >= REACH - 1]).mean())
@@ -100,11 +101,11 @@ def level_of(flat, typical):
     (typical - flat), k the slope of a regression less one standard error, between 0 and 1. At most a third is taken
     off: where structure is more, the noise is not known.
     """
-    shape, weight = np.maximum(typical - flat, 0), 1 / np.maximum(typical, 1e-12) ** 2
-    mean, middle = np.average(flat, weights=weight), np.average(shape, weights=weight)
-    spread = max((weight * (shape - middle) ** 2).sum(), 1e-30)
-    k = (weight * (shape - middle) * flat).sum() / spread
-    error = np.sqrt((weight * (flat - mean - k * (shape - middle)) ** 2).mean() / spread)  # of k
+    excess, weight = np.maximum(typical - flat, 0), 1 / np.maximum(typical, 1e-12) ** 2
+    mean, middle = np.average(flat, weights=weight), np.average(excess, weights=weight)
+    spread = max((weight * (excess - middle) ** 2).sum(), 1e-30)
+    k = (weight * (excess - middle) * flat).sum() / spread
+    error = np.sqrt((weight * (flat - mean - k * (excess - middle)) ** 2).mean() / spread)  # of k
     return mean - min(np.clip(k - error, 0, 1) * middle, mean / 3)
 
 
@@ -282,7 +283,7 @@ def summary(noise_model):
     filled = f"no noise beyond {ends} cycles per pixel along rows and columns: zero-filled\n" if min(ends) < 0.5 else ""
     through = " ".join("unknown" if r is None else f"{r:+.3f}" for r in noise_model.get("through", [None, None]))
     return (
-        f"{noise.law(noise_model)}: variance {a:.3g} + {b:.3g} x + {c:.3g} x^2 at intensity x; standard deviation "
+        f"{noise.form(noise_model)}: variance {a:.3g} + {b:.3g} x + {c:.3g} x^2 at intensity x; standard deviation "
         f"{a**0.5:.4f} at 0, {(a + b / 2 + c / 4) ** 0.5:.4f} at 0.5, {(a + b + c) ** 0.5:.4f} at 1\n"
         f"correlation with the pixel 1, 2, 3 along the rows {' '.join(at(0, k) for k in (1, 2, 3))}, "
         f"the columns {' '.join(at(k, 0) for k in (1, 2, 3))}, the diagonals {at(1, 1)} {at(1, -1)}\n"

@@ -14,7 +14,7 @@ A noise *model* is a plain dict:
     through      [r1, r2]: correlation with the same pixel one and two slices away; None if unknown, taken for 0
     blind_spot   1, 5 or 9: the smallest hole of bsn.py that hides the correlated neighbours of a pixel
     compressed   whether the images were stored as JPEG, which no such model describes
-    dark         intensity below which this is not the noise of magnitude images (Rician, chi), 0 for others
+    dark         intensity below which magnitude images have Rician or chi noise instead; 0 for other images
     air          [mean, variance] of magnitude images where there is no signal, or None
     band         [rows, columns]: cycles per pixel beyond which there is no noise (zero-filled lines), 0.5 for none
     varies       whether its level differs from place to place: the model then describes images that were divided by a
@@ -35,12 +35,11 @@ to volume, `divide` makes it alike everywhere, so that every stage can learn; `m
 # core: needs numpy and scipy alone; paste it anywhere
 # ---------------------------------------------------------------------------------------------------------------
 import numpy as np
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter
 
 KINDS = ("gaussian", "poisson", "gamma")
 REACH = 6  # pixels: noise farther apart counts as independent
-ROOT = (3.936, -10.478, 13.704, -6.182)  # 3.936 u - 10.478 u^2 ... is sqrt(u) within 5 % for u from 0.1 to 1: `samples`
-BLOCK = 8  # pixels: side of the blocks in which `gain` looks at the noise
+ROOT = (3.936, -10.478, 13.704, -6.182)  # 3.936 u - 10.478 u^2 ... is sqrt(u) within 5 % for u from 0.1 to 1
 DARK = 1.8  # times the mean of the air: from there on, the noise of magnitudes is nearly that of bright places
 SEEN = 0.065  # correlation between neighbours that a blind spot must not leave open
 
@@ -107,7 +106,7 @@ def make_noise_model(
         variance=[float(v) for v in variance],
         correlation=np.round(correlation, 5).tolist(),
         through=[r if r is None else round(float(r), 5) for r in through],
-        blind_spot=1 if beyond[0] < SEEN else 5 if beyond[1] < SEEN else 9,
+        blind_spot=1 if compressed or beyond[0] < SEEN else 5 if beyond[1] < SEEN else 9,
         compressed=bool(compressed),
         dark=round(float(dark), 5),
         air=air and [float(v) for v in air],
@@ -116,7 +115,7 @@ def make_noise_model(
     )
 
 
-def law(noise_model):
+def form(noise_model):
     """Of which form a noise model is: "gaussian", "poisson-gaussian" or "gamma"."""
     _, b, c = noise_model["variance"]
     return "gamma" if c else "poisson-gaussian" if b else "gaussian"
@@ -131,15 +130,21 @@ def variance(noise_model, x):
 
 
 def bright(noise_model, y):
-    """Where noisy images y (...,H,W) are not so dark that the noise of magnitudes is another than that of the model."""
-    return gaussian_filter(y, 1.5, axes=(-2, -1)) > (noise_model.get("dark") or -np.inf)
+    """Mask like y (...,H,W): where these noisy images, smoothed, are above `dark`, and so the noise model holds."""
+    dark = noise_model.get("dark")
+    return gaussian_filter(y, 1.5, axes=(-2, -1)) > dark if dark else np.ones(y.shape, bool)
 
 
-def turns(noise_model):
-    """Whether the noise is alike along rows and columns, so that images may be turned by 90 degrees; True for None."""
+def symmetries(noise_model):
+    """How many flips and quarter turns of an image leave its noise as it is.
+
+    8: all. 4: flips alone, as rows and columns differ. 2: a half turn, as the two diagonals differ. 8 for None.
+    """
     noise_model = noise_model or known("gaussian", 1.0)
     table = np.asarray(noise_model["correlation"])
-    return bool(np.ptp(table - table.T) < 0.2 and np.ptp(noise_model.get("band", [0.5])) < 0.05)
+    if np.ptp(table - table[:, ::-1]) >= 0.2:
+        return 2
+    return 8 if np.ptp(table - table.T) < 0.2 and np.ptp(noise_model.get("band", [0.5])) < 0.05 else 4
 
 
 def spectrum(noise_model, h, w):
@@ -175,17 +180,26 @@ def mix_through(white, through):
     return np.tensordot(root.astype(white.dtype), white, 1)
 
 
+def constant(y):
+    """Where noisy images y (...,H,W) are one value over 3x3 pixels: masked or saturated, and so without noise; bool."""
+    same = minimum_filter(y, 3, axes=(-2, -1)) == maximum_filter(y, 3, axes=(-2, -1))
+    return maximum_filter(same, 3, axes=(-2, -1))
+
+
 def local_variance(noise_model, x, y=None):
     """Variance of the noise of clean images x (...,H,W), like x; y: the noisy images, if there are any.
 
-    Noise cannot be stronger than what varies: where y varies with less than half the energy that the model expects (a
-    masked background, or one whose level was overestimated), it limits the noise.
+    Noise cannot be stronger than what varies: there is none where y is `constant`, and where y varies with less than
+    half the energy that the model expects (its level was overestimated), that energy limits the noise.
     """
     s2 = variance(noise_model, x)
     if y is None:
         return s2
-    energy = gaussian_filter(np.square(y), 4, axes=(-2, -1)) - np.square(gaussian_filter(y, 4, axes=(-2, -1)))
-    return np.where(energy < s2 / 2, np.maximum(energy, 0), s2)
+    noisy = ~constant(y)
+    share, mean, square = (gaussian_filter((noisy * y**k).astype(y.dtype), 4, axes=(-2, -1)) for k in (0, 1, 2))
+    share = np.maximum(share, 1e-6)
+    energy = square / share - np.square(mean / share)
+    return noisy * np.where(energy < s2 / 2, np.maximum(energy, 0), s2)
 
 
 def sample(noise_model, x, generator, y=None):
@@ -212,8 +226,8 @@ def sample_like(noise_model, y, prediction, generators):
     return y.new_tensor(np.stack(drawn))
 
 
-def answer(noise_model, denoise, y, x, generators, strength=0.1):
-    """(z, a): fresh noise z of the model on the slices y, and how a denoiser answers to it; both (B,1,H,W) tensors.
+def directional_derivative(noise_model, denoise, y, x, generators, strength=0.1):
+    """(z, a): fresh noise z of the model on the slices y, and the derivative of a denoiser along it; (B,1,H,W) both.
 
         a = (f(y + e z) - f(y - e z)) / 2e
 
@@ -229,15 +243,18 @@ def answer(noise_model, denoise, y, x, generators, strength=0.1):
 
 
 def deviation(noise_model, denoise, y, x, generators, probes=4, sigma=2.0):
-    """Standard deviation of what is left unknown of the clean image at each pixel, (B,1,H,W), given x = denoise(y).
+    """Standard deviation of what is left unknown of the clean image at each pixel, (B,1,H,W).
+
+    x: denoise(y), or its mean over symmetries, whose divergence is taken to be the same.
 
     Second-order Tweedie (Manor & Michaeli 2024): for the posterior mean f, Cov(x | y) = C df/dy, C that of the noise.
-    Its diagonal is the mean of z a (`answer`), over some probes and a window of `sigma` pixels; it is scaled so that
-    its mean is Stein's estimate of the error, which holds for any f.
+    Its diagonal is the mean of z a (`directional_derivative`), over some probes and a window of `sigma` pixels; it is
+    scaled so that its mean is Stein's estimate of the error, which holds for any f.
     """
     own, x_own = y[:, y.shape[1] // 2, None].numpy(), x.numpy()
     s2 = local_variance(noise_model, x_own, own)
-    found = [z * a for z, a in (answer(noise_model, denoise, y, x, generators) for _ in range(probes))]
+    seen = noise_model, denoise, y, x, generators
+    found = [z * a for z, a in (directional_derivative(*seen) for _ in range(probes))]
     known = (sum(found) / probes).numpy()
     mse = (np.square(x_own - own) - s2 + 2 * known).mean((1, 2, 3), keepdims=True)
     scale = np.clip(mse / np.maximum(known.mean((1, 2, 3), keepdims=True), 1e-12), 0.5, 2)
@@ -245,7 +262,7 @@ def deviation(noise_model, denoise, y, x, generators, probes=4, sigma=2.0):
     return y.new_tensor(np.sqrt(np.maximum(power, 0.002 * s2)))
 
 
-def samples(noise_model, f, y, x, generator, count, strength=0.1):
+def posterior_samples(noise_model, f, y, x, generator, count, strength=0.1):
     """`count` volumes that may have been y before the noise, (count,S,H,W) float32, in pairs x + r and x - r.
 
     Args: f: denoiser of a whole volume, (S,H,W) to (S,H,W) arrays; y: noisy; x: f(y). The mean of each pair is x.
@@ -265,47 +282,6 @@ def samples(noise_model, f, y, x, generator, count, strength=0.1):
         r = r * np.float32(np.sqrt(max(known, 0) / max(np.mean(r * r, dtype=np.float64), 1e-20)))
         out += [x + r, x - r]
     return np.stack(out[:count]).astype(np.float32)
-
-
-def in_squares(v):
-    """Means over BLOCK x BLOCK pixels of (S,H,W); those at the lower and right rim may be smaller."""
-    (_, h, w), ends = v.shape, np.add.reduceat
-    sums = ends(ends(v.astype(np.float64), np.arange(0, h, BLOCK), 1), np.arange(0, w, BLOCK), 2)
-    sides = [np.diff(np.append(np.arange(0, n, BLOCK), n)) for n in (h, w)]
-    return sums / np.outer(*sides)
-
-
-def gain(noise_model, y, x, z, a, apart=None):
-    """By what factor the noise around each block is stronger than the model says: smooth, about 1, (S,H/8,W/8).
-
-    Args, all (S,H,W): y noisy; x = f(y), what a denoiser f makes of it; z fresh noise of the model, a the answer of f
-    to it (`answer`). apart: how many slices lie from one of these to the next; None if they have nothing in common.
-
-    Of noise z, f takes off z - a; of the image y it took off y - x. The ratio of their energies at high frequencies is
-    the square of the gain. Its logarithm is averaged over about 1.5 blocks and 2 slices around; blocks that stand out,
-    where structure was taken off, count little. Blocks without noise, and dark ones, take the gain of others.
-    """
-    s2, same = variance(noise_model, x), np.zeros(y.shape, bool)
-    least = 0.02 * s2.mean() + 1e-12  # of the variance: dark places of Poisson noise tell nothing
-    same[:, 1:, 1:] = (y[:, 1:, 1:] == y[:, :-1, 1:]) & (y[:, 1:, 1:] == y[:, 1:, :-1])
-    sigma, level = (2 / apart if apart else 0, 1.5, 1.5), np.sqrt(np.maximum(s2, least))
-    taken = ((y - x) / level, (z - a) / level)
-    energy = (in_squares(np.square(v - gaussian_filter(v, (0, 0.7, 0.7)))) for v in taken)
-    removed, expected = (np.maximum(v, 1e-12) for v in energy)
-    expected = gaussian_filter(expected, (0, 0.7, 0.7))
-    keep = (in_squares(same) < 0.15) & (removed > 1e-3 * expected) & (in_squares(s2) > least)
-    if noise_model.get("dark"):
-        keep &= in_squares(x) > noise_model["dark"]
-    if not keep.any():
-        return np.ones(removed.shape)
-    ratio = np.log(removed / expected)
-    share, middle = keep.astype(float), np.median(ratio[keep])
-    for _ in range(6):
-        smooth = gaussian_filter(share * ratio, sigma, mode="constant") + 1e-3 * middle
-        smooth /= gaussian_filter(share, sigma, mode="constant") + 1e-3
-        off = ratio - smooth
-        share = keep / (1 + np.square(off / np.where(off > 0, 0.15, 0.3)))
-    return np.exp(smooth / 2)
 
 
 def facts(noise_model, volumes):

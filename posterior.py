@@ -57,10 +57,10 @@ def signal(mean, variance, air):
 
 
 def local_variance(residual, noise_variance, sigma=3.0):
-    """V from the energy of y - mu (H,W) in a Gaussian window of `sigma` pixels, given that V is at least s2.
+    """V, the variance of y - mu, from its energy (H,W) in a Gaussian window of `sigma` pixels.
 
     The energy of so few pixels is uncertain, by about V / (sigma sqrt(2 pi)), and an energy below s2 does not mean that
-    there is no signal. So V is s2 and the *expected* excess over it, which is never 0.
+    there is no signal. V is s2 plus the expected positive part of (energy - s2) under that uncertainty.
     """
     energy = gaussian_filter(np.square(residual), sigma)
     doubt = np.maximum(energy, 1e-30) / (sigma * (2 * np.pi) ** 0.5)

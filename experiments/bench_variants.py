@@ -9,6 +9,7 @@
 Plain sampling is a loop over the DDIM scheduler of `diffusers`, with one pass for each of the pair.
 """
 
+import copy
 import itertools
 import random
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 import bsn
 import data
@@ -119,7 +119,7 @@ def trainer(size, name, variant, stacks, batch, crop, device, seed=0, steps=10**
     optimizer = torch.optim.AdamW(network.parameters(), lr=preset["lr"], betas=betas, fused=variant == OURS)
     schedule = partial(training.warmup_cosine, steps=steps)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
-    ema = AveragedModel(network, multi_avg_fn=training.ema_update(preset["ema"]))
+    ema, count = copy.deepcopy(network), itertools.count()
 
     def step():
         y, x = (z.to(device, memory_format=memory_format(variant)) for z in next(crops))
@@ -130,7 +130,7 @@ def trainer(size, name, variant, stacks, batch, crop, device, seed=0, steps=10**
         torch.nn.utils.clip_grad_norm_(network.parameters(), preset.get("clip", 1.0))
         optimizer.step()
         scheduler.step()
-        ema.update_parameters(network)
+        training.ema_update(ema, network, next(count), preset["ema"])
         return loss.detach()
 
     return network, step

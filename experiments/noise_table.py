@@ -44,7 +44,7 @@ def row(name, images, kind, level, correlation):
         found, true = measure.measure(noisy, magnitude=lowest >= 0), noise.known(kind, scaled, correlation)
         off.append(float(np.sqrt(noise.variance(found, middle) / noise.variance(true, middle)) - 1))
         apart.append(np.abs(np.array(found["correlation"]) - true["correlation"])[NEAR, NEAR].max())
-        laws.add(noise.law(found))
+        laws.add(noise.form(found))
         spots.append(found["blind_spot"])
     errors, apart = ", ".join(f"{100 * o:+.1f} %" for o in off), ", ".join(f"{a:.3f}" for a in apart)
     entries = name, kind, correlation, errors, ", ".join(sorted(laws)), apart, ", ".join(map(str, spots))

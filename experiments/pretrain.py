@@ -29,7 +29,7 @@ from lib import crops, runtime, training
 SETTINGS = {
     "width": ("features at the first level", 32),
     "steps": ("optimizer steps", 40_000),
-    "batch": ("crops per step", 4),
+    "batch": ("crops per step", 8),
     "crop": ("side of the square training crops, pixels", 96),
     "lr": ("peak learning rate", 2e-3),
     "beta2": ("AdamW's second decay", 0.99),
@@ -38,7 +38,7 @@ SETTINGS = {
 }
 PRESETS = training.presets(("fast",), SETTINGS)
 LAYERED = 0.4  # share of the single images that are X-rays
-WINDOW, EVERY = 24, 4  # volumes to draw crops from, steps after which one of them is replaced
+WINDOW, EVERY = 24, 64  # volumes to draw crops from, crops after which one of them is replaced
 
 
 def random_law(rng):
@@ -132,7 +132,7 @@ def train(args, checkpoint=None):
     run = training.Training("distill", args, checkpoint, network, model_args=model_args, extra=dict(crop=args.crop))
     volumes = Volumes(args.seed)
     for step in run.steps():
-        window = volumes.window(step // EVERY, WINDOW)
+        window = volumes.window(step * args.batch // EVERY, WINDOW)
         made = [random_crop(window, args.context, args.crop, run.rng(step, j)) for j in range(args.batch)]
         y, x, law, gain = (torch.from_numpy(np.stack(v).astype(np.float32)) for v in zip(*made))
         y, x, gain = run.to_device(y, x, gain)

@@ -98,9 +98,10 @@ def bin_trust(count, size, level, ratio):
 
     count: blocks measured; size: blocks in the bin; level: of their noise; ratio: power at low frequencies over that
     level; (n,) all. Bins with little noise do not count: what is measured there is something else, such as the rounding
-    of black background.
+    of black background. How much is little, the flatter bins decide: the level of others is that of their edges.
     """
-    ratio = np.where(level > 0.25 * np.average(level, weights=size * level), ratio, np.inf)
+    flatter = 1 / (1 + ((ratio - ratio.min()) / 0.3) ** 2)
+    ratio = np.where(level > 0.25 * np.average(level, weights=flatter * size * level), ratio, np.inf)
     weight = count * np.exp(-(((ratio - ratio.min()) / 0.1) ** 2))
     return weight / weight.sum()
 

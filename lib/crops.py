@@ -71,7 +71,7 @@ def least_likeness(volumes):
     return float((found[:, 0] / np.maximum(energy, 1e-15))[energy >= 0.1 * energy.max()].min())
 
 
-def random_crops(stacks, batch, size, rng, rank=0, world=1, contexts=None, turns=True):
+def random_crops(stacks, batch, size, rng, rank=0, world=1, contexts=None, symmetries=8):
     """The same random crops, with the same one of the eight flips and rotations each, from several sets of volumes.
 
     Args:
@@ -79,7 +79,7 @@ def random_crops(stacks, batch, size, rng, rank=0, world=1, contexts=None, turns
         size: pixels. rng: numpy Generator. rank, world: take only every world-th crop of the batch.
         contexts: for each of the stacks, how many neighbouring slices on each side come along (default none); they are
             mirrored at the ends of a volume, and in half of the crops their order is reversed.
-        turns: without them, crops are flipped alone: rows stay rows.
+        symmetries: 8; 4 for flips alone, so that rows stay rows; 2 for half turns (noise.symmetries).
     Returns a list of float32 tensors (batch / world, 2 context + 1, size, size). Every slice is equally likely.
 
     All indices are drawn at once; the pixels are copied once, from views, which serves arrays on disk as well.
@@ -99,19 +99,20 @@ def random_crops(stacks, batch, size, rng, rank=0, world=1, contexts=None, turns
         y, x = int(corner[j, 0] * (h - size + 1)), int(corner[j, 1] * (w - size + 1))
         for stack, context, crops in zip(stacks, contexts, out):
             crop = read_around(stack[name], s, context, np.s_[y : y + size, x : x + size])
-            crop = crop.swapaxes(1, 2) if turns and turn[j] & 1 else crop
-            crops[row] = crop[:: -1 if upside[j] else 1, :: -1 if turn[j] & 2 else 1, :: -1 if turn[j] & 4 else 1]
+            crop = crop.swapaxes(1, 2) if symmetries == 8 and turn[j] & 1 else crop
+            rows, columns = turn[j] & 2, turn[j] & (2 if symmetries == 2 else 4)
+            crops[row] = crop[:: -1 if upside[j] else 1, :: -1 if rows else 1, :: -1 if columns else 1]
     return [torch.from_numpy(crops) for crops in out]
 
 
-def mean_over_symmetries(function, y, turns=True):
-    """Mean of function(y) over the flips and, with `turns`, quarter turns of y (B,C,H,W), each undone; (B,n,H,W)."""
+def mean_over_symmetries(function, y, symmetries=8):
+    """Mean of function(y) over 8, 4 or 2 flips and turns of y (B,C,H,W), each undone (noise.symmetries); (B,n,H,W)."""
     total = 0
-    for turned in (y, y.transpose(2, 3))[: 1 + turns]:
-        for flips in ((), (2,), (3,), (2, 3)):
+    for turned in (y, y.transpose(2, 3))[: 2 if symmetries == 8 else 1]:
+        for flips in ((), (2, 3), (2,), (3,))[: min(symmetries, 4)]:
             out = function(turned.flip(flips)).flip(flips)
             total = total + (out if turned is y else out.transpose(2, 3))
-    return total / (8 if turns else 4)
+    return total / symmetries
 
 
 def rms_difference(a, b):
@@ -138,20 +139,24 @@ def enlarge(blocks, shape):
 def tiling(bytes_per_pixel, crop, memory):
     """(side, overlap) of tiles in pixels, multiples of 32, such that a network takes a third of `memory` bytes.
 
-    The overlap is two training crops: NAFNet's attention reaches 1.5 crops, and the features beyond.
+    The overlap is two training crops: NAFNet's attention reaches 1.5 crops, and the features beyond. The side is at
+    least 2 overlap + 128, whatever the memory.
     """
     overlap = -(-2 * crop // 32) * 32
     return max(2 * overlap + 128, int((memory / 3 / bytes_per_pixel) ** 0.5) // 32 * 32), overlap
 
 
 def tiled(function, y, side, overlap=160):
-    """function(y) of y (B,C,H,W), in overlapping tiles of at most side x side pixels, for images too large for one.
+    """function(y) of y (B,C,H,W), at most side x side pixels at a time: in overlapping tiles, for images too large.
 
     function: (B,C,h,w) to (B,n,h,w). At each edge of a tile, which misses its surroundings, a quarter of the overlap is
     dropped; across the middle half one tile fades into the next. Tiles begin at multiples of side - overlap: choose
     them so that the network's lowest resolution divides these.
     """
     h, w = y.shape[-2:]
+    together = max(1, side**2 // (min(h, side) * min(w, side)))
+    if len(y) > together:
+        return torch.cat([tiled(function, part, side, overlap) for part in y.split(together)])
     if max(h, w) <= side:
         return function(y)
     out = None

@@ -58,7 +58,7 @@ def turned(noise_model, axis):
     """
     table = np.asarray(noise_model["correlation"])
     reach = len(table) // 2
-    lines = table[:, reach], table[reach]  # along rows' axis 1, columns' axis 2
+    lines = table[:, reach], table[reach]  # along axis 1, from row to row, and axis 2, from column to column
     through, kept = lines[axis - 1], lines[2 - axis]
     along = np.zeros(len(table))
     along[reach] = 1
@@ -128,6 +128,14 @@ def add_weight(path, denoise, volumes, draw, variance):
     training.add_to_checkpoint(path, planes=weight)
     before, after = (-10 * np.log10(max(e, 1e-12)) for e in errors)
     print(f"distill: other planes count {weight:.2f}: estimated PSNR {before:.2f} -> {after:.2f} dB", flush=True)
+
+
+def whole(denoise, volume):
+    """A volume (S,H,W) denoised, its other planes counting as much as the student says: (n,S,H,W) float32."""
+    out, others = across(denoise, volume, 0, denoise.context), denoise.beside(volume) if denoise.planes else None
+    if others is not None:
+        out[0] += np.float32(denoise.planes) * (others - out[0])
+    return out
 
 
 def mixed(denoise, volumes):

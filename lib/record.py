@@ -6,7 +6,6 @@ line alone. Each share of the files has a log of its own; whoever starts reads t
 """
 
 import contextlib
-import datetime
 import json
 import os
 import re
@@ -70,15 +69,8 @@ def share_of(text, model):
     several = n * int(os.environ.get("WORLD_SIZE", 1))
     if several > 1 and not model:
         raise ValueError(f"{several} processes can share files, with --model; training with several is for the stages")
-    rank, world = processes()
+    rank, world = runtime.processes()
     return (k - 1) * world + rank, several
-
-
-def processes():
-    """(rank, number) of the processes of torchrun. They meet at the end, which one may reach hours before another."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-    return runtime.processes()
 
 
 def finish(out, written, kept, problems, stop, tell):
@@ -91,7 +83,7 @@ def finish(out, written, kept, problems, stop, tell):
         print(f"denoise.py: left out: {problem}", file=sys.stderr)
         if problem not in tell.reasons:
             tell(beginning(problem), "left out", problem)
-    (rank, world), counts = processes(), (written, kept, len(problems), len(stop))
+    (rank, world), counts = runtime.processes(), (written, kept, len(problems), len(stop))
     everyone = [counts] if world == 1 else [None] * world if rank == 0 else None
     if world > 1:
         dist.gather_object(counts, everyone)

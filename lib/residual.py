@@ -8,6 +8,9 @@
     structure          correlation of its energy (5x5 pixels) with the gradient of the output: 0 for noise
     spectrum           its largest power at any frequency, in units of the noise's at that frequency: up to 1 for noise
 
+`gain` compares it with what a denoiser takes off from fresh noise: by what factor the noise is stronger than the model
+says.
+
 It knows no noise model: the variance at each pixel, the table of correlations and the spectrum are handed in.
 """
 
@@ -20,20 +23,18 @@ FLAT = 0.25  # share of the pixels that counts as flat
 TOO_LITTLE, TOO_MUCH, STRUCTURE, CORRELATION = 0.45, 1.25, 0.2, 0.2
 LEVEL, LEFT, SPECTRUM = (0.55, 1.3), 0.25, 2.0
 UNTOUCHED = 1e-3  # share of the noise's energy below which nothing was removed
+BLOCK = 8  # pixels: side of the blocks in which `gain` looks at the noise
 EDGES = np.linspace(-5, 5, 41)  # of the histogram, in standard deviations
 
 
 def standardized(y, x, s2):
     """(residual (H,W) in standard deviations of the noise, where there is noise (H,W) bool).
 
-    y, x: noisy and denoised slice. s2: variance of the noise at each pixel. Where y is constant there is none (a masked
-    background), whatever the law says.
+    y, x: noisy and denoised slice. s2: variance of the noise at each pixel, 0 where there is none (masked background).
     """
-    y, x = np.asarray(y, np.float64), np.asarray(x, np.float64)
-    mean = uniform_filter(y, 5)
-    varied = uniform_filter(np.square(y), 5) - np.square(mean) > 1e-3 * s2
-    noisy = (s2 > 1e-3 * s2.max()) & varied
-    return np.where(noisy, (y - x) / np.sqrt(np.maximum(s2, 1e-12)), 0), noisy
+    noisy = s2 > 1e-3 * s2.max()
+    off = np.asarray(y, np.float64) - np.asarray(x, np.float64)
+    return np.where(noisy, off / np.sqrt(np.maximum(s2, 1e-12)), 0), noisy
 
 
 def measure(y, x, s2, table, power):
@@ -160,3 +161,44 @@ def said(m):
 def verdict(m):
     """`said` in one line."""
     return "; ".join(said(m))
+
+
+def in_squares(v):
+    """Means over BLOCK x BLOCK pixels of (S,H,W); those at the lower and right rim may be smaller."""
+    (_, h, w), ends = v.shape, np.add.reduceat
+    sums = ends(ends(v.astype(np.float64), np.arange(0, h, BLOCK), 1), np.arange(0, w, BLOCK), 2)
+    sides = [np.diff(np.append(np.arange(0, n, BLOCK), n)) for n in (h, w)]
+    return sums / np.outer(*sides)
+
+
+def gain(y, x, z, a, s2, same, dark=0.0, apart=None):
+    """By what factor the noise around each block is stronger than the model says: smooth, about 1, (S,H/8,W/8).
+
+    Args, all (S,H,W): y noisy; x = f(y), what a denoiser f makes of it; z fresh noise of the model, a the derivative
+    of f along it (noise.directional_derivative); s2 its variance; same: where y is constant (noise.constant).
+    dark: of the noise model.
+    apart: how many slices lie from one of these to the next; None if they have nothing in common.
+
+    Of noise z, f takes off z - a; of the image y it took off y - x. The ratio of their energies at high frequencies is
+    the square of the gain. Its logarithm is averaged over about 1.5 blocks and 2 slices around; blocks that stand out,
+    where structure was taken off, count little. Blocks without noise, and dark ones, take the gain of others.
+    """
+    least = 0.02 * s2.mean() + 1e-12  # of the variance: dark places of Poisson noise tell nothing
+    sigma, level = (2 / apart if apart else 0, 1.5, 1.5), np.sqrt(np.maximum(s2, least))
+    taken = ((y - x) / level, (z - a) / level)
+    energy = (in_squares(np.square(v - gaussian_filter(v, (0, 0.7, 0.7)))) for v in taken)
+    removed, expected = (np.maximum(v, 1e-12) for v in energy)
+    expected = gaussian_filter(expected, (0, 0.7, 0.7))
+    keep = (in_squares(same) < 0.15) & (removed > 1e-3 * expected) & (in_squares(s2) > least)
+    if dark:
+        keep &= in_squares(x) > dark
+    if not keep.any():
+        return np.ones(removed.shape)
+    ratio = np.log(removed / expected)
+    share, middle = keep.astype(float), np.median(ratio[keep])
+    for _ in range(6):
+        smooth = gaussian_filter(share * ratio, sigma, mode="constant") + 1e-3 * middle
+        smooth /= gaussian_filter(share, sigma, mode="constant") + 1e-3
+        off = ratio - smooth
+        share = keep / (1 + np.square(off / np.where(off > 0, 0.15, 0.3)))
+    return np.exp(smooth / 2)

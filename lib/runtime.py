@@ -6,6 +6,7 @@ run repeats an uninterrupted one, and N processes together do what one process w
 
 import argparse
 import contextlib
+import datetime
 import errno
 import os
 import signal
@@ -162,7 +163,8 @@ def processes():
     """(rank, number) of the processes started by torchrun; (0, 1) without it. Sets up torch.distributed once."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group()  # NCCL for tensors on CUDA, gloo for those on the CPU
+        # NCCL for tensors on CUDA, gloo for those on the CPU; one may reach a meeting point hours before another
+        dist.init_process_group(timeout=datetime.timedelta(days=30))
     return (dist.get_rank(), world) if world > 1 else (0, 1)
 
 

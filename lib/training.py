@@ -15,6 +15,7 @@ the batch of one process.
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import json
 import logging
@@ -28,7 +29,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from lib import runtime
@@ -218,14 +218,11 @@ def warmup_cosine(step, steps):
     return min(1, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * step / max(steps, 1)))
 
 
-def ema_update(decay):
-    """For AveragedModel(multi_avg_fn=...): exponential moving average that warms up over the first steps."""
-
-    @torch.no_grad()
-    def update(averaged, current, count):
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, float((1 + count) / (10 + count))))
-
-    return update
+@torch.no_grad()
+def ema_update(averaged, network, count, decay):
+    """Moves the exponential moving average of a network's weights, `count` steps old, towards them; at first faster."""
+    kept = min(decay, (1 + count) / (10 + count)) if count else 0
+    torch._foreach_lerp_(list(averaged.parameters()), list(network.parameters()), 1 - kept)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -257,10 +254,11 @@ class Training:
         if args.batch % self.world:
             raise ValueError(f"--batch {args.batch} cannot be shared by {self.world} processes")
         self.network = network.to(self.device, memory_format=torch.channels_last)
-        betas, self.clip = (0.9, getattr(args, "beta2", 0.999)), getattr(args, "clip", 1.0)
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=args.lr, betas=betas, weight_decay=0, fused=True)
+        self.betas, self.clip = (0.9, getattr(args, "beta2", 0.999)), getattr(args, "clip", 1.0)
+        settings = dict(lr=args.lr, betas=self.betas, weight_decay=0)
+        self.optimizer = torch.optim.AdamW(network.parameters(), fused=True, **settings)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: schedule(step, args.steps))
-        self.ema = AveragedModel(network, multi_avg_fn=ema_update(args.ema))
+        self.ema, self.count = copy.deepcopy(network), 0
         if checkpoint:
             self.resume(checkpoint)
         elif self.rank == 0:
@@ -273,21 +271,25 @@ class Training:
         changed = [name for name in {**inputs, **before} if inputs.get(name) != before.get(name)]
         if changed:
             raise ValueError(f"{path} was trained with other data as --{changed[0]}: it cannot resume")
+        for name, value in {**checkpoint["model_args"], **checkpoint["extra"]}.items():
+            given = getattr(self.args, name, None)
+            if given not in (None, value, checkpoint["args"].get(name)):
+                raise ValueError(f"--{name} {given}: {path} was trained with {value}: it cannot resume")
         self.start = checkpoint["step"]
         if self.start > self.args.steps:
             raise ValueError(f"{path} is at step {self.start} already, past --steps {self.args.steps}")
-        self.ema.module.load_state_dict(checkpoint["ema"])
+        self.ema.load_state_dict(checkpoint["ema"])
         if "optimizer" not in checkpoint:
             if self.start < self.args.steps:
                 raise ValueError(f"{path} cannot be extended: the state of its training, {path}.part, is gone")
             return
         self.network.load_state_dict(checkpoint["model"])
-        self.ema.n_averaged.fill_(self.start)
+        self.count = self.start
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scheduler.load_state_dict(checkpoint["scheduler"])
         self.scheduler.base_lrs = [self.args.lr]  # --lr and --steps may be new
         for group in self.optimizer.param_groups:
-            group["lr"] = self.args.lr * self.scheduler.lr_lambdas[0](self.start)
+            group["lr"], group["betas"] = self.args.lr * self.scheduler.lr_lambdas[0](self.start), self.betas
 
     def rng(self, step, *counters):
         """The numpy generator of a step."""
@@ -310,10 +312,11 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
-        self.ema.update_parameters(self.network)
+        ema_update(self.ema, self.network, self.count, self.args.ema)
+        self.count += 1
         if self.rank == 0:
             self.losses.append(loss.detach())
-            self.errors.append(loss.new_tensor(float("nan")) if mse is None else mse.detach())
+            self.errors += [] if mse is None else [mse.detach()]
             if trivial is not None:
                 pair = torch.stack([loss.detach().float(), trivial.detach().float()])
                 self.smooth = pair if self.smooth is None else self.smooth.lerp(pair, 1 / SMOOTH)
@@ -343,13 +346,13 @@ class Training:
         """Whether any of the processes wants to stop: they must all leave after the same step."""
         if self.world == 1:
             return stop
-        flag = torch.tensor(float(stop), device=self.device)
+        flag = torch.tensor(float(stop))  # on the CPU: no step waits for the device
         dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
 
     def save(self, path, step, *, whole):
         """Writes a checkpoint: with the `whole` state of the training, or what prediction needs."""
-        state = dict(self.fixed, step=step, args=vars(self.args), ema=self.ema.module.state_dict())
+        state = dict(self.fixed, step=step, args=vars(self.args), ema=self.ema.state_dict())
         if whole:
             state |= dict(model=self.network.state_dict(), optimizer=self.optimizer.state_dict())
             state |= dict(scheduler=self.scheduler.state_dict())
@@ -383,15 +386,15 @@ class Training:
                     now, last = time.monotonic(), self.agree(bool(signalled)) or step >= stop
                     due = now - saved > SAVE_EVERY  # what is saved has been looked at before
                     if main and (now - logged > LOG_EVERY or due or step in keep or last):
-                        loss, mse = (torch.stack(some).mean().item() for some in (self.losses, self.errors))
+                        loss, *mse = (torch.stack(v).mean().item() for v in (self.losses, self.errors) if v)
                         if not np.isfinite(loss):
                             raise ValueError(f"the loss is {loss} at step {step}: try a lower --lr than {args.lr}")
                         line = dict(stage=self.stage, step=step, loss=round(loss, 6), seconds=round(now - began, 1))
                         watched = self.watch(step)
                         line |= dict(zip(("smoothed", "trivial"), watched)) if watched else {}
                         shown = dict(loss=f"{loss:.4g}")
-                        if mse > 0:
-                            line["psnr"] = round(-10 * math.log10(mse), 2)
+                        if mse and mse[0] > 0:
+                            line["psnr"] = round(-10 * math.log10(mse[0]), 2)
                             shown = {"estimated PSNR": f"{line['psnr']:.2f} dB"}
                         print(json.dumps(line), file=log, flush=True)
                         bar.set_postfix(shown)

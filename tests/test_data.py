@@ -243,6 +243,7 @@ def other(made, tmp_path):
             "is not positive",
         ),
         ("data", ["import", "empty", "--out", "n.h5"], "holds no DICOM"),
+        ("data", ["import", "empty", "--out", "empty/n.h5"], "lies in the input empty"),
         ("data", ["import", "colour.tif", "--out", "n.h5"], "is a colour image"),
         ("data", ["import", "hollow.npy", "--out", "n.h5"], "hollow.npy cannot be read"),
         ("diffusion", ["--data", "knee.h5", "--cond", "nan.h5"], "'pred' holds 40 values that are NaN or infinite"),

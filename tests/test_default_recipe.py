@@ -47,13 +47,13 @@ def test_names_with_signs(scans, name):
 def test_noise_that_differs_along_rows_and_columns_is_not_turned(scans, monkeypatch):
     """What is drawn for recorruption lies in the crops as their own noise does: crops are flipped alone."""
     law = noise.make_noise_model([0.0025, 0, 0], np.eye(13)[6][:, None] * np.array([*[0] * 5, 0.5, 1, 0.5, *[0] * 5]))
-    assert not noise.turns(law) and noise.turns(noise.known("gaussian", 0.1, 1.2)) and noise.turns(None)
-    assert not noise.turns(noise.known("gaussian", 0.1) | dict(band=[0.5, 0.3]))
+    assert noise.symmetries(law) == 4 and noise.symmetries(noise.known("gaussian", 0.1, 1.2)) == 8
+    assert noise.symmetries(noise.known("gaussian", 0.1) | dict(band=[0.5, 0.3])) == 4 and noise.symmetries(None) == 8
     stack = {"v": np.arange(16 * 16, dtype=np.float32).reshape(1, 16, 16)}
-    for turns in (False, True):
-        made = crops.random_crops([stack], 64, 16, np.random.default_rng(0), turns=turns)[0].numpy()
+    for count in (4, 8):
+        made = crops.random_crops([stack], 64, 16, np.random.default_rng(0), symmetries=count)[0].numpy()
         flat = [abs(int(crop[0, 0, 1] - crop[0, 0, 0])) == 1 for crop in made]  # neighbours in a row are 1 apart
-        assert all(flat) is not turns
+        assert all(flat) is (count == 4)
     seen = []
     monkeypatch.setattr(data, "random_crops", lambda *args, **_: seen.append(args[-1]) or crops.random_crops(*args))
     (scans / "law.json").write_text(json.dumps(law))
@@ -61,7 +61,7 @@ def test_noise_that_differs_along_rows_and_columns_is_not_turned(scans, monkeypa
     flags = ["--data", "d.h5", "--target", "recorrupted", "--steps", 1, "--crop", 32, "--width", 8, "--noise"]
     for known in ("law.json", "gaussian:0.05"):
         ok("distill", *flags, known, "--model", "m.pt", "--out", "m.h5", cwd=scans)
-    assert seen == [False, True]
+    assert seen == [4, 8]
 
 
 def test_options_that_do_not_go_together(scans):
@@ -72,6 +72,7 @@ def test_options_that_do_not_go_together(scans):
         "--recipe tuned --context 1: weights/ has networks of context 0 and 2": "in --recipe tuned --context 1",
         "--instant is for the recipe tuned, not scratch": "in --instant --context 1",
         "--rounds 2 is for the recipes scratch and paper": "in --rounds 2",
+        "--ensemble, --memory: these are for image files alone": "--data d.h5 --ensemble 1 --memory 1G",
     }.items():
         done = run("denoise", *flags.split(), "--out", "refused", cwd=scans)
         assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1

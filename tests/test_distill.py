@@ -1,4 +1,4 @@
-"""Stage 5: the student's networks, NAFNet's local pooling, recorruption."""
+"""Stage 4: the student's networks, NAFNet's local pooling, recorruption."""
 
 import numpy as np
 import pytest

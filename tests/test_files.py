@@ -240,6 +240,16 @@ def test_tiles_of_a_local_function_are_exact(size):
     assert not data.tiled(blur, y, 96, 4).allclose(blur(y), atol=1e-4) or max(size) <= 96
 
 
+def test_tiles_of_a_batch_are_as_many_as_memory_allows():
+    """No call sees more than side x side pixels, whether of one image in tiles or of several."""
+    seen = []
+    for shape in ((5, 1, 60, 48), (3, 1, 200, 96)):
+        y = torch.rand(*shape)
+        made = data.tiled(lambda v: seen.append(v.numel()) or v, y, 96, 64)
+        torch.testing.assert_close(made, y)
+    assert max(seen) <= 96**2 and seen[0] == 3 * 60 * 48
+
+
 @pytest.mark.parametrize("student", ["nafnet", "resunet"], indirect=True)
 def test_tiles_of_the_student_leave_no_seam(student):
     """A trained network whole and in tiles: at most 1e-3 of the range apart, sizes that nothing divides."""

@@ -33,7 +33,7 @@ def test_measured_from_the_images_alone(kind, level, correlation):
     table, true = np.array(model["correlation"]), np.array(truth["correlation"])
     assert np.abs(table - true)[near, near].max() < 0.06
     assert model["blind_spot"] == {0: 1, 0.5: 5, 1.2: 9}[correlation]
-    assert noise.law(model) == {"gaussian": "gaussian", "poisson": "poisson-gaussian", "gamma": "gamma"}[kind]
+    assert noise.form(model) == {"gaussian": "gaussian", "poisson": "poisson-gaussian", "gamma": "gamma"}[kind]
 
 
 def test_masked_background_does_not_fool_it():
@@ -88,7 +88,7 @@ def test_photons_of_textured_images():
     images = [(rng.poisson(700 * xray(s)) / 700).astype(np.float32) for s in range(6)]
     assert measure.without_air(images)[1]  # it is taken for air, at first
     model = measure.measure(images, magnitude=True)
-    assert noise.law(model).startswith("poisson") and model["dark"] == 0 and model["air"] is None
+    assert noise.form(model).startswith("poisson") and model["dark"] == 0 and model["air"] is None
     for x in (0.05, 0.2, 0.8):
         assert noise.variance(model, np.array(x)) == pytest.approx(x / 700, rel=0.25)
 
@@ -109,7 +109,7 @@ def test_level_under_texture():
     over[-1] = 1.12
     disorder = np.interp(intensity, [0.02, 0.15, 0.32, 0.5, 1], [1.1, 1.6, 2.7, 1.6, 1.2])
     law = measure.fit_levels(intensity, 5.5e-4 * over, np.full(len(intensity), 450), disorder)
-    assert noise.law(dict(variance=law)) == "gaussian" and law[0] == pytest.approx(5.5e-4, rel=0.06)
+    assert noise.form(dict(variance=law)) == "gaussian" and law[0] == pytest.approx(5.5e-4, rel=0.06)
 
 
 def test_anisotropic_noise():

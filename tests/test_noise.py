@@ -1,5 +1,7 @@
 """The noises of Sec. 4.1: power, formulas, correlation, one stored realisation."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import make_dataset, ok
 
 import data
 import noise
+from lib import crops
 
 CASES = [
     ("gaussian", 6 / 255, lambda x: (6 / 255) ** 2 + 0 * x),
@@ -138,7 +141,7 @@ def test_samples_of_the_exact_posterior(blur):
 
     x = np.fft.ifft2(np.fft.fft2(rng.standard_normal((24, side, side))) * np.sqrt(prior)).real
     y = x + noise.sample(law, x, rng)
-    drawn = noise.samples(law, wiener, y, wiener(y), rng, 2)
+    drawn = noise.posterior_samples(law, wiener, y, wiener(y), rng, 2)
     assert drawn.shape == (2, 24, side, side) and np.allclose(drawn.mean(0), wiener(y), atol=1e-5)
 
     def octaves(v):
@@ -148,6 +151,38 @@ def test_samples_of_the_exact_posterior(blur):
     assert np.allclose(octaves(drawn[0]) / octaves(x), 1, atol=0.1)
     assert np.allclose(octaves(y - drawn[0]) / octaves(y - x), 1, atol=0.1)
     assert octaves(wiener(y))[-1] < 0.7 * octaves(x)[-1]  # what a wrong sampler, the mean itself, would give
+
+
+def test_symmetries_of_the_noise():
+    """All eight; flips where rows and columns differ; half turns where the diagonals do. Crops are turned so."""
+    table = np.zeros((13, 13))
+    table[6, 6] = 1
+    assert noise.symmetries(noise.make_noise_model([1, 0, 0], table)) == 8
+    table[5, 5] = table[7, 7] = 0.3
+    assert noise.symmetries(noise.make_noise_model([1, 0, 0], table)) == 2
+    image = np.arange(16.0 * 16).reshape(1, 16, 16)
+    seen = crops.random_crops([{"": image}], 64, 16, np.random.default_rng(0), symmetries=2)[0].numpy()[:, 0]
+    made = {crop.tobytes() for crop in seen}
+    assert made == {v.astype(np.float32).tobytes() for v in (image[0], image[0, ::-1, ::-1])}
+    y = torch.rand(2, 1, 8, 8)
+    ramp = torch.arange(8.0)
+    mean = crops.mean_over_symmetries(lambda v: v * ramp, y, 2)
+    torch.testing.assert_close(mean, y * 3.5)
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        dict(correlation=noise.known("gaussian", 1, 1.2)["correlation"], through=(0.2, None)),
+        dict(correlation=noise.known("gaussian", 1, 0.5)["correlation"], compressed=True),
+        dict(correlation=noise.known("gaussian", 1)["correlation"], dark=0.2, air=[0.1, 0.02], band=[0.5, 0.3]),
+    ],
+)
+def test_a_noise_model_is_read_as_it_was_written(facts, tmp_path):
+    made = noise.make_noise_model([0.01, 0.2, 0.3], **facts)
+    (tmp_path / "noise.json").write_text(json.dumps(made))
+    assert noise.parse_noise_model(str(tmp_path / "noise.json")) == made
+    assert made["blind_spot"] == (1 if made["compressed"] or "band" in facts else 9)
 
 
 def test_a_band_has_sharp_edges():

@@ -15,7 +15,7 @@ import distill
 import evaluate
 import noise
 import posterior
-from lib import crops
+from lib import crops, residual
 
 LEVEL = 8 / 255
 
@@ -37,7 +37,7 @@ def write(path, x, y):
 
 def test_enlarge():
     """Constant stays constant, a ramp a ramp between the centres of the outer blocks; a single block is enough."""
-    ramp = noise.in_squares(np.broadcast_to(np.arange(40.0)[:, None], (40, 24))[None])[0]
+    ramp = residual.in_squares(np.broadcast_to(np.arange(40.0)[:, None], (40, 24))[None])[0]
     assert np.allclose(crops.enlarge(ramp, (40, 24))[4:-4], np.arange(4, 36)[:, None])
     assert (crops.enlarge(np.full((1, 1), 3.0), (5, 7)) == 3).all()
 
@@ -45,7 +45,7 @@ def test_enlarge():
 def test_in_squares():
     """Blocks at the rim are means over the pixels that there are."""
     v = np.random.default_rng(0).random((2, 19, 16))
-    found = noise.in_squares(v)
+    found = residual.in_squares(v)
     assert found.shape == (2, 3, 2) and found[1, 2, 1] == pytest.approx(v[1, 16:, 8:].mean())
 
 
@@ -71,7 +71,7 @@ def test_dark_magnitudes_do_not_count():
     y = np.hypot(x + rng.standard_normal(x.shape), rng.standard_normal(x.shape))
     z = rng.standard_normal(x.shape)
     for known, weak in ((model, False), (model | dict(dark=0.0), True)):
-        found = noise.gain(known, y, np.where(x > 0, x, 1.25), z, 0 * z)
+        found = evaluate.found_gain(known, y, np.where(x > 0, x, 1.25), z, 0 * z)
         assert (found[0, :, :4].mean() < 0.8 * found[0, :, 8:].mean()) == weak
 
 

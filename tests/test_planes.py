@@ -37,6 +37,19 @@ def test_planes_of_the_identity_are_the_volume():
     np.testing.assert_array_equal(both[1][1:], y[:-1])
 
 
+@pytest.mark.parametrize("weight, most", [(0.25, 1 << 30), (0.25, 0), (0, 1 << 30)])
+def test_a_whole_volume_as_it_is_written(weight, most):
+    """`whole`, from which samples are drawn, and `mixed`, which files are made of, are the same image."""
+    y = np.random.default_rng(0).random((5, 20, 33), np.float32)
+    student = lambda v: torch.cat([v[:, 2:3], v[:, 1:2]], 1)  # noqa: E731
+    student.context = 2
+    planes.equip(student, lambda axis: lambda v: v[:, 2:3] + axis, weight, memory=most)
+    found, image = planes.whole(student, y), planes.mixed(student, {"": y})
+    stacks = torch.from_numpy(np.stack([data.read_around(y, s, 2) for s in range(5)]))
+    np.testing.assert_allclose(found.swapaxes(0, 1), image(stacks, "", np.s_[:]).numpy(), atol=1e-6)
+    np.testing.assert_allclose(found[0], y + weight * (1.5 if most else 0), atol=1e-6)
+
+
 def test_the_noise_of_turned_slices():
     """Drawn with the law, looked at across rows and columns: the correlations are those that `turned` says."""
     table = np.zeros((13, 13))

@@ -1,4 +1,4 @@
-"""Stage 4: the posterior update, against closed forms and on noise of known power."""
+"""The posterior update, against closed forms and on noise of known power."""
 
 import json
 

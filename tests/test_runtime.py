@@ -154,12 +154,16 @@ def test_resume_with_other_inputs_is_refused(folder, made):
 
 
 def test_new_learning_rate_on_resume(folder):
-    """Any flag given overrides the checkpoint's."""
+    """Flags of the training override the checkpoint's; those of the network must not."""
     ok("bsn", "--data", "knee.h5", *TINY["bsn"], "--stop-at", 2, cwd=folder)
-    ok("bsn", "--data", "knee.h5", "--resume", "--lr", 1e-7, cwd=folder)
+    done = run("bsn", "--data", "knee.h5", "--resume", "--width", 12, cwd=folder)
+    assert done.returncode == 2 and "--width 12: bsn.pt was trained with" in done.stderr
+    ok("bsn", "--data", "knee.h5", "--resume", "--lr", 1e-7, "--beta2", 0.5, cwd=folder)
     state = torch.load(folder / "bsn.pt", weights_only=True)
     assert state["args"]["lr"] == 1e-7 and state["args"]["batch"] == 2
-    assert torch.load(folder / "bsn.pt.part", weights_only=True)["scheduler"]["base_lrs"] == [1e-7]
+    whole = torch.load(folder / "bsn.pt.part", weights_only=True)
+    assert whole["scheduler"]["base_lrs"] == [1e-7]
+    assert whole["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.5)
 
 
 def test_checkpoint_is_plain_and_complete(made):
@@ -191,12 +195,12 @@ def test_step_rng_is_counted():
 
 
 def test_ema_follows_its_formula():
-    """The decay is the smaller of the given one and (1+n)/(10+n)."""
-    average, update = [torch.zeros(1)], training.ema_update(0.9)
-    update(average, [torch.ones(1)], 1)
-    assert average[0].item() == pytest.approx(1 - 2 / 11)
-    update(average, [torch.ones(1)], 1000)
-    assert average[0].item() == pytest.approx(1 - 0.9 * 2 / 11)
+    """The decay is the smaller of the given one and (1+n)/(10+n); the first step is taken over."""
+    average, network = (torch.nn.Linear(1, 1, bias=False).requires_grad_(False) for _ in range(2))
+    for weight, count, expected in ((3.0, 0, 3.0), (1.0, 1, 1 + 2 * 2 / 11), (1.0, 1000, 1 + 0.9 * 2 * 2 / 11)):
+        network.weight.fill_(weight)
+        training.ema_update(average, network, count, 0.9)
+        assert average.weight.item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("text, value", [("6/255", 6 / 255), ("0.5", 0.5)])
