@@ -13,10 +13,9 @@ around it cannot be predicted: a network that learns the *noisy* pixel learns th
     python bsn.py --data knee.h5                           # trains bsn.pt, then writes bsn_out.h5
     python bsn.py --data other.h5 --predict --model bsn.pt --out other_bsn.h5
 
-Symbols: y is the noisy image (the paper's x'), x_c the prediction. `--preset paper` is PUCA with one change that keeps
-the blind spot exact: channel attention pools each subsampled image by itself, since pooling over all lets a pixel see
-itself. `fast` has dense 3x3 blocks and L2 besides. A convolution dilated by d is computed as an ordinary one on the d*d
-subsampled images: the same, faster.
+Symbols: y is the noisy image (the paper's x'), x_c the prediction. `--preset paper` is PUCA but for its channel attention,
+which pools each subsampled image by itself: pooling over all lets a pixel see itself. `fast` has dense 3x3 blocks and
+L2. A convolution dilated by d is an ordinary one on the d*d subsampled images: the same, faster.
 
 With --context K the network also sees K slices on each side, at the same place too, as long as the noise is independent
 from slice to slice; where it is not, --hole all makes the same hole in all of them. `--arch lgbpn` is LG-BPN (Wang et

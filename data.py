@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import json
 import os
+import sys
 from pathlib import Path
 
 import h5py
@@ -323,7 +324,7 @@ def blocks(count, shares):
 
     The middle of a volume is the most like the rest of it; its ends often hold little but background.
     """
-    val, test = held_out(count, shares)
+    val, test = (max(n, 2) if n else 0 for n in held_out(count, shares))  # a slice alone has no neighbours
     test = test if shares[0] else count - val
     first = (count - val - test) // 2 if val + test else 0
     edges = [("train", 0, first), ("val", first, first + val), ("test", first + val, first + val + test)]
@@ -383,16 +384,17 @@ def show(args):
 
 
 def import_images(args):
-    """Reads image files and writes them as a dataset; what cannot be read is named in a line and left out."""
+    """Reads image files and writes them as a dataset; what cannot be read is left out. Returns the exit code."""
     shares = split_shares(args.split)
     options = args.key, args.acquisition, args.reference, args.source == "brain", args.slices
-    volumes, problems = files.read_sources(args.sources, *options)
+    volumes, problems = files.read_sources(args.sources, *options, written=args.out)
     first = next(volumes, None)
     if first is None:
         raise ValueError(problems[0])
     write_dataset(args.out, itertools.chain([first], volumes), shares, vars(args), args.patch)
     for problem in problems:
-        print(f"left out: {problem}", flush=True)
+        print(f"data.py: left out: {problem}", file=sys.stderr)
+    return 1 if problems else 0
 
 
 def main(argv=None):
@@ -417,10 +419,7 @@ def main(argv=None):
     if args.__dict__.pop("command") == "show":
         return show(args)
     runtime.check_outputs(args.sources, [args.out])
-    for source in map(Path, args.sources):
-        if source.is_dir() and source.resolve() in Path(args.out).resolve().parents:
-            raise ValueError(f"--out {args.out} lies in the input {source}: give another folder")
-    import_images(args)
+    return import_images(args)
 
 
 if __name__ == "__main__":

@@ -117,8 +117,7 @@ def tuned_recipe(stages):
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", known]
     flags += ["--model", *(f"{name}={path}" for name, path in students.items())]
     found = estimate(stages, flags, "best.json")
-    sure = {name: one["psnr"] - one.get("sd", 0) for name, one in found.items()}
-    best = max(sure, key=lambda name: sure[name] - DOUBT * (name == "tuned network"))
+    best = max(found, key=lambda k: found[k]["psnr"] - found[k].get("sd", 0) - DOUBT * (k == "tuned network"))
     kept = "images as they are" if best == "noisy" else best
     print(f"denoise: kept the {kept}: estimated PSNR {found[best]['psnr']:.2f} dB", flush=True)
     images, student = "tuned_out.h5", "tuned.pt"
@@ -334,9 +333,9 @@ def denoise_files(args, held):
     out, stages, std, work = Path(args.out), None, args.std, Path(args.out) / "diffdenoise"
     share, tell, began = record.share_of(args.share, args.model), record.teller(args.json), time.monotonic()
     model_path, recipe = Path(args.model) if args.model else work / "student.pt", "none: --model"
+    options = args.device, args.precision, args.memory or 2 << 30
     ensemble = args.ensemble or (1 if args.model or args.instant else 8)
-    options = args.device, args.precision, args.memory or 2 << 30, ensemble
-    student = distill.student(model_path, *options, std=std) if args.model else None
+    student = distill.student(model_path, *options, ensemble, std=std) if args.model else None
     sides = [name for name, asked in dict(std=std, removed=args.removed, noise=args.noise_map_out).items() if asked]
     jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, sides, args.bids, share)
     held.enter_context(record.lock(work, share))
@@ -350,7 +349,7 @@ def denoise_files(args, held):
             args.noise_map_out = args.bias_correct = False
             jobs = [job._replace(sides=apply.without(job.sides, "std", "noise")) for job in jobs]
             problems += [f"{name}: the recipe paper has no noise model, from which it would follow" for name in without]
-        student = distill.student(model_path, *options, std=std)
+        student = distill.student(model_path, *options, ensemble, std=std)
     law = json.loads((work / stages.noise_file).read_text()) if stages and recipe != "paper" else student.noise_model
     if args.noise_map_out and args.model and not law:
         raise ValueError(f"--noise-map-out: {args.model} knows no noise model")
@@ -360,8 +359,9 @@ def denoise_files(args, held):
     if args.noise_map:
         gains = files.given_map(args.noise_map)
         student.noise_map = lambda volume: gains(volume.shape)
-    method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}"
+    method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}, ensemble of {ensemble}"
     method += ", bias corrected" if args.bias_correct else ""
+    method += f", noise map {files.digest([args.noise_map])}" if args.noise_map else ""
     told = dict(Method=method, Parameters={"Ensemble": ensemble}, NoiseModel=student.noise_model)
     tools, rows, stop = evaluate.report_tools(law, student), {}, held.enter_context(runtime.stoppable("this file"))
     look = functools.partial(page.look, rows, tools)
@@ -420,8 +420,11 @@ def main(argv=None):
         raise ValueError("--instant is for the recipe tuned, without --model")
     if args.noise_map and args.recipe not in ("auto", "tuned"):
         raise ValueError("--noise-map is for the recipe tuned")
-    if not args.effort > 0:
-        raise ValueError(f"--effort {args.effort:g} is not positive")
+    if not 0 < args.effort < float("inf"):
+        raise ValueError(f"--effort {args.effort:g} is not a positive number")
+    given = [f"--{n}" for n in ("recipe", "rounds", "effort", "context") if getattr(args, n) != p.get_default(n)]
+    if given and args.model:
+        raise ValueError(f"{', '.join(given)}: for training, and with --model nothing is trained")
     args.out = args.out or ("demo" if args.demo else "denoised")
     if args.demo:
         common = ["--out", args.out, "--rounds", args.rounds, "--effort", args.effort, "--seed", args.seed]
@@ -434,6 +437,8 @@ def main(argv=None):
             held.enter_context(contextlib.redirect_stdout(sys.stderr))
         if args.inputs:
             return denoise_files(args, held)
+        if Path(args.data).resolve().parent == Path(args.out).resolve():
+            raise ValueError(f"--out {args.out} is the folder of the input {args.data}: give another folder")
         digest = data.fingerprints(args.data)
         held.enter_context(record.lock(Path(args.out)))
         stages = Stages(Path(args.out), args.data, args, digest)

@@ -170,8 +170,8 @@ class ToldResUNet(ResUNet):
         x = x.view_as(own).clamp(min=0)
         unit = level.clamp(min=1e-5)
         deviation = (a + b * x + c * x**2).clamp(min=1e-12).sqrt() * gain / unit
-        correlations = law[:, 4:, None, None].expand(len(y), -1, *y.shape[-2:])
-        told = torch.cat([0.1 * y / unit, deviation.clamp(1 / 8, 8).log(), correlations], 1)
+        correlations = law[:, 4:, None, None].expand(y.shape[0], -1, *y.shape[-2:])
+        told = torch.cat([0.1 * y / unit, deviation.clamp(1 / 8, 8.0).log(), correlations], 1)
         return own + level * self.residual(told)
 
 
@@ -333,11 +333,10 @@ def train(args, checkpoint=None):
 def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, told=None, std=False):
     """The denoiser that a checkpoint holds: callable, (B,2k+1,H,W) noisy to (B,1,H,W) denoised, both on the CPU.
 
-    ensemble: 8 for the mean over flips and quarter turns, those of noise.symmetries. Large
-    images go in tiles: a run takes about `memory` bytes beside its start. told: (noise model, {name: (S,H,W) noisy}),
-    for a network of weights/. std: (B,2,H,W), with noise.deviation, nine times as slow. Attributes: context k,
-    noise_model, once (itself without ensemble and std), beside and planes (the two other planes of a volume and their
-    weight, planes.equip). Raises ValueError for one that must be told the noise.
+    ensemble: 8 for the mean over noise.symmetries. Large images go in tiles: a run takes about `memory` bytes beside
+    its start. told: (noise model, {name: (S,H,W) noisy}), for a network of weights/. std: (B,2,H,W), with
+    noise.deviation, nine times as slow. Attributes: context k, noise_model, once (itself without ensemble and std),
+    beside and planes (planes.equip). Raises ValueError for one that must be told the noise.
     """
     device = runtime.pick_device(device)
     network, checkpoint = training.load_network(build_network, path, "distill", device)

@@ -366,7 +366,8 @@ def main(argv=None):
     p.add_argument("--split", choices=(*data.SPLITS, "all"), default="test", help="slices to evaluate (default test)")
     p.add_argument("--calibration", action="store_true", help="how well `std` of the predictions tells their error")
     p.add_argument("--no-reference", action="store_true", help="what can be told without clean images")
-    run = "with --no-reference: student.pt, or bsn.pt+diffusion.pt, to run, for their estimated PSNR"
+    run = "with --no-reference: student.pt, or bsn.pt+diffusion.pt, to run, for their estimated PSNR; one of arch told "
+    run += "is told --noise anew: give the file that it was trained with"
     p.add_argument("--model", nargs="*", default=[], metavar="[NAME=]FILE", help=run)
     p.add_argument("--ensemble", type=int, choices=(1, 8), default=1, help="of these students (default 1)")
     p.add_argument("--slices", type=runtime.positive, default=24, help="to estimate their PSNR from (default 24)")
@@ -377,12 +378,15 @@ def main(argv=None):
     p.add_argument("--json", help="write the table as JSON")
     p.add_argument("--figure", help="write a figure of the middle slice (.png)")
     args = p.parse_args(argv)
-    runtime.check_outputs([args.data], [f for f in (args.json, args.figure, args.noise_map_out, args.report) if f])
-    preds = parse_predictions(args.pred)
+    preds, students = parse_predictions(args.pred), parse_predictions(args.model)
+    inputs = [args.data, *preds.values(), *(part for text in students.values() for part in (text, *text.split("+")))]
+    outputs = [f for f in (args.json, args.figure, args.noise_map_out, args.report) if f]
+    runtime.check_outputs([*inputs, args.noise], outputs)
+    if students and not args.no_reference:
+        raise ValueError("--model is for --no-reference: for tables, give prediction files (--pred)")
     if args.report and not (args.no_reference and len(preds) == 1):
         raise ValueError(f"--report is for --no-reference and one file of --pred, not {len(preds)}")
     if args.no_reference:
-        students = parse_predictions(args.model)
         if not students and (args.noise_map_out or not preds):
             raise ValueError("--noise-map-out needs --model" if preds else "--no-reference needs --pred or --model")
         noise_model, results = measure.load_noise_model(args.noise, args.data), {}

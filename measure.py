@@ -300,6 +300,8 @@ def measure_file(path, pred=None):
     attrs, volumes = data.read_attrs(path)[1], data.read_volumes(path, "noisy", data.to_learn_from(path))
     means = data.read_matching(pred, path) if pred else None
     volumes = {name: v for name, v in volumes.items() if means is None or name in means}
+    if not volumes:
+        raise ValueError(f"{pred} holds no volume that {path} has to learn from")
     slices = [(name, s) for name, v in volumes.items() for s in range(v.shape[0])]
     per_slice = np.mean([np.prod(v.shape[1:]) for v in volumes.values()])
     slices = [slices[i] for i in data.evenly(len(slices), max(1, int(PIXELS / per_slice)))]

@@ -27,8 +27,8 @@ to volume, `divide` makes it alike everywhere, so that every stage can learn; `m
     Out   knee.h5     volumes/<name>/clean and noisy (S,H,W) float32
 
     python noise.py add --data clean.h5 --kind gaussian --level 6/255 --seed 0 --out knee.h5
-    python noise.py divide --data knee.h5 --map map.h5 --out even.h5               # map.h5: evaluate.py --noise-map-out
-    python noise.py multiply --data even_out.h5 --map map.h5 --like knee.h5 --out knee_out.h5
+    python noise.py divide --data knee.h5 --map map.h5 --out even.h5   # map.h5: evaluate.py --split all --noise-map-out
+    python noise.py multiply --data even.h5 --pred even_out.h5 --like knee.h5 --out knee_out.h5
 """
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -52,8 +52,8 @@ def white(x, kind, level, generator):
     """
     if kind not in KINDS:
         raise ValueError(f"noise kind {kind!r} is not one of {', '.join(KINDS)}")
-    if not level > 0:
-        raise ValueError(f"noise level {level:g} is not positive")
+    if not 0 < level < np.inf:
+        raise ValueError(f"noise level {level:g} is not positive, or not finite")
     if kind == "gaussian":
         return generator.normal(0, level, x.shape)
     if kind == "gamma":
@@ -340,13 +340,13 @@ def parse_noise_model(text):
         flags = {name: found.get(name, False) for name in ("compressed", "dark", "air", "varies")}
         return make_noise_model(coefficients, table, through=through, band=found.get("band", (0.5, 0.5)), **flags)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{text} is not a noise model of measure.py: {error!r}") from None
+        raise ValueError(f"{text} is not a noise model of measure.py: {str(error)[:100]!r}") from None
 
 
 def add_to_file(args):
     """Adds noise once, to `clean` where a volume has it and else to `noisy`, and stores both."""
-    if args.correlation < 0:
-        raise ValueError(f"--correlation {args.correlation:g} is negative")
+    if not 0 <= args.correlation <= REACH:
+        raise ValueError(f"--correlation {args.correlation:g} is not between 0 and {REACH} pixels")
     with data.open_file(args.data) as file:  # `clean` where a volume has it
         keys = {name: "clean" if "clean" in group else "noisy" for name, group in file["volumes"].items()}
     clean = {}
@@ -365,6 +365,9 @@ def add_to_file(args):
 def divide(args):
     """Divides the images by the map of their noise: from then on it is alike everywhere. The map stays with them."""
     noisy, gains = data.read_volumes(args.data), data.read_matching(args.map, args.data, "gain")
+    if len(gains) < len(noisy):
+        some = f"{args.map} has the map of {len(gains)} of the {len(noisy)} volumes of {args.data}"
+        raise ValueError(f"{some}: evaluate.py --split all --noise-map-out makes all")
     with data.open_file(args.data) as file:
         clean = [name for name in gains if "clean" in file["volumes"][name]]
     clean = data.read_volumes(args.data, "clean", names=clean) if clean else {}

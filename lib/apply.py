@@ -49,7 +49,7 @@ def denoise_volume(volume, denoise):
     if high == low:
         return Denoised(volume.slices, std, levels, None)
     scale, offset = files.scaling(volume, low, high)
-    wide = np.float64 if volume.slices.dtype.itemsize > 2 else np.float32
+    wide = np.float64 if volume.slices.dtype.itemsize > 2 else np.float32  # for numbers that float32 does not hold
     context, count, ready = getattr(denoise, "context", 0), len(volume.slices), {}
     if context and count < 2:
         raise ValueError(f"{volume.source}: a single image, and the student sees neighbouring slices")
@@ -80,9 +80,8 @@ def denoise_volume(volume, denoise):
             levels[s] = level(x) * abs(scale) * gain(s)
         if signal:
             x = signal(x)
-        x -= ready[s]
-        x *= scale * gain(s)
-        out[s] = formats.as_type(volume.slices[s] + x, out.dtype)
+        change = (x - ready[s]).astype(wide) * (scale * gain(s))
+        out[s] = formats.as_type(volume.slices[s] + change, out.dtype)
         if deviation:
             std[s] = deviation[0] * abs(scale) * gain(s)
     return Denoised(out, std, levels, gains)
@@ -154,7 +153,7 @@ def write_sides(job, volumes, made, root, told):
             bids_names.write_sidecar(job.item, path, root, name.partition(" ")[2], told)
         elif name == "removed":
             after = formats.read(job.item._replace(files=tuple(job.paths)))
-            changed = [difference(a.slices, b.slices) for a, b in zip(volumes, after)]
+            changed = [difference(a.slices, b.slices, a.outside) for a, b in zip(volumes, after)]
             formats.write_side(job.item, changed, path, signed=True)
         else:
             formats.write_side(job.item, [getattr(one, name) for one in made], path)
@@ -165,12 +164,14 @@ def without(sides, *names):
     return {key: path for key, path in sides.items() if key.removeprefix("sidecar ") not in names}
 
 
-def difference(a, b):
-    """a - b (S,H,W) as float32, computed in double precision; 0 where it is not finite."""
+def difference(a, b, outside=None):
+    """a - b (S,H,W) as float32, computed in double precision; 0 where it is not finite, and `outside`."""
     out = np.empty(a.shape, np.float32)
     with np.errstate(invalid="ignore"):
         for s in range(len(a)):
             out[s] = np.nan_to_num(a[s].astype(np.float64) - b[s], nan=0, posinf=0, neginf=0)
+    if outside is not None:
+        out[outside] = 0
     return out
 
 

@@ -213,15 +213,16 @@ def middle(volume, slices):
     return volume._replace(slices=volume.slices[kept], clean=clean, ends=finite_range(volume.slices))
 
 
-def read_sources(sources, key=None, acquisition=None, reference=None, brain=False, slices=None):
+def read_sources(sources, key=None, acquisition=None, reference=None, brain=False, slices=None, written=None):
     """(iterator over the Volumes of image files and folders, [problem]); brain: the built-in brain comes last.
 
     What cannot be read, or be in a dataset, is left out, and a line is added to the problems when its turn comes.
 
-    key, acquisition, reference: as of `formats.find`. slices: as of `middle`. Raises ValueError if there is nothing to
-    read.
+    key, acquisition, reference: as of `formats.find`. slices: as of `middle`. written: a file that is no source, as it
+    is written. Raises ValueError if there is nothing to read.
     """
     items, problems = formats.find(sources, key, acquisition, reference)
+    items = [item for item in items if not written or Path(written).resolve() not in map(Path.resolve, item.files)]
     if not items and not brain:
         raise ValueError(problems[0] if problems else "name files or folders to import, or --source brain")
     found = itertools.chain.from_iterable(usable(item, problems) for item in items)

@@ -133,7 +133,7 @@ def pick_device(name="auto"):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.empty(0, device=name)
         return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, AttributeError) as error:  # the last: torch built without CUDA
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
 
 

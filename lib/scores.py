@@ -36,9 +36,11 @@ def markdown(methods):
     n = len(next(iter(methods.values()))["psnr"])
     lines += ["", f"{n} slices. {PROTOCOL}"]
     if len(methods) > 1:
-        weak = [f"{a} / {b} p = {p:.2g}" for (a, b), p in comparisons(methods).items() if p >= 0.001]
-        others = "all other pairs p < 0.001" if weak else "all pairs p < 0.001"
-        lines.append(f"Paired Wilcoxon test of PSNR, two-sided: {'; '.join([*weak, others])}.")
+        pairs = comparisons(methods)
+        told = [f"{a} / {b} p = {p:.2g}" for (a, b), p in pairs.items() if p >= 0.001]
+        if len(told) < len(pairs):
+            told.append("all other pairs p < 0.001" if told else "all pairs p < 0.001")
+        lines.append(f"Paired Wilcoxon test of PSNR, two-sided: {'; '.join(told)}.")
     return "\n".join(lines)
 
 

@@ -141,8 +141,8 @@ def load_checkpoint(path, stage=None):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"checkpoint {path} does not exist") from None
-    except OSError:
-        raise
+    except OSError as error:
+        raise ValueError(f"checkpoint {path} cannot be read: {error.strerror}") from None
     except Exception as error:  # torch raises many kinds on files that are not its own
         reason = str(error).split(". ")[0]
         raise ValueError(

@@ -110,7 +110,9 @@ def test_import(tmp_path, kind):
     else:
         for s in range(12):
             skimage.io.imsave(scans / f"{s:02d}.png", raw[s])
-    ok("data", "import", "scans", "--out", "x.h5", cwd=tmp_path)
+    done = run("data", "import", "scans", "--out", "x.h5", cwd=tmp_path)
+    other = kind in ("dicom", "monochrome1")
+    assert done.returncode == other and ("notes.txt is not a" in done.stderr) == other
     _, attrs = data.read_attrs(tmp_path / "x.h5")
     volumes = data.read_volumes(tmp_path / "x.h5")
     back = np.concatenate([volumes[n] * attrs[n]["scale"] + attrs[n]["offset"] for n in sorted(volumes)])
@@ -228,6 +230,22 @@ def other(made, tmp_path):
         ("distill", ["--data", "other.h5", "--target", "bsn_out.h5"], "was not made from other.h5"),
         ("distill", ["--data", "knee.h5"], "--target is needed"),
         ("evaluate", ["--data", "other.h5", "--pred", "bsn_out.h5"], "was not made from other.h5"),
+        (
+            "evaluate",
+            ["--data", "knee.h5", "--pred", "a=bsn_out.h5", "--json", "bsn_out.h5"],
+            "would replace the input",
+        ),
+        ("evaluate", ["--data", "knee.h5", "--model", "bsn.pt"], "--model is for --no-reference"),
+        ("denoise", ["--data", "knee.h5", "--out", ".", "--instant"], "is the folder of the input knee.h5"),
+        ("denoise", ["knee.h5", "--out", "n", "--model", "bsn.pt", "--rounds", "2"], "--rounds: for training"),
+        ("data", ["import", "bsn_out.h5", "--out", "n.h5"], "it is a prediction file"),
+        (
+            "measure",
+            ["--data", "knee.h5", "--pred", "part.h5"],
+            "part.h5 holds no volume that knee.h5",
+        ),
+        ("noise", ["divide", "--data", "knee.h5", "--map", "part.h5", "--out", "n.h5"], "of the 2 volumes of knee.h5"),
+        ("posterior", ["--data", "knee.h5", "--pred", "bsn_out.h5", "--noise", "knee.h5"], "is not a noise model"),
         ("diffusion", ["--data", "knee.h5", "--cond", "nothing.h5"], "nothing.h5 does not exist"),
         ("diffusion", ["--data", "knee.h5", "--cond", "other.h5"], "was not made from"),
         ("srds", ["--cond", "bsn_out.h5", "--model", "bsn.pt"], "bsn.pt is a checkpoint of bsn, not of diffusion"),
@@ -243,7 +261,6 @@ def other(made, tmp_path):
             "is not positive",
         ),
         ("data", ["import", "empty", "--out", "n.h5"], "holds no DICOM"),
-        ("data", ["import", "empty", "--out", "empty/n.h5"], "lies in the input empty"),
         ("data", ["import", "colour.tif", "--out", "n.h5"], "is a colour image"),
         ("data", ["import", "hollow.npy", "--out", "n.h5"], "hollow.npy cannot be read"),
         ("diffusion", ["--data", "knee.h5", "--cond", "nan.h5"], "'pred' holds 40 values that are NaN or infinite"),
@@ -263,6 +280,8 @@ def test_wrong_use_is_refused(other, script, flags, says):
     (other / "hollow.npy").write_bytes(b"")
     (other / "nan.h5").write_bytes((other / "bsn_out.h5").read_bytes())
     edit(other / "nan.h5", lambda f: f["volumes/v0/pred"].__setitem__((0, 3), np.nan))
+    (other / "part.h5").write_bytes((other / "bsn_out.h5").read_bytes())
+    edit(other / "part.h5", lambda f: (f.copy("volumes/v1/pred", "volumes/v1/gain"), f["volumes"].__delitem__("v0")))
     (other / "half.pt").write_bytes((other / "bsn.pt").read_bytes()[:2000])
     (other / "code.pt").write_bytes(b"cposix\nsystem\n(S'touch hacked'\ntR.")  # a pickle that would run a command
     before = {p.name for p in other.iterdir()}

@@ -17,6 +17,7 @@ from test_formats import dicom
 from test_measure import phantom
 
 import data
+import denoise
 import distill
 import noise
 from lib import apply, files, record, runtime, training
@@ -259,6 +260,22 @@ def test_tiles_of_the_student_leave_no_seam(student):
     with torch.inference_mode():
         y += torch.randn(y.shape, generator=torch.Generator().manual_seed(0)) * 0.03
         assert (data.tiled(model, y, 384, 160) - model(y)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_onnx_of_a_shipped_network(context, tmp_path):
+    """Students that are told the noise, as denoise.py makes them; the noise is stored with them."""
+    y = np.random.default_rng(0).random((6, 48, 40)).astype(np.float32)
+    np.save(tmp_path / "y.npy", y)
+    ok("data", "import", "y.npy", "--split", "train", "--out", "y.h5", cwd=tmp_path)
+    flags = ["--target", "recorrupted", "--noise", "gaussian:0.1", "--steps", 0, "--crop", 32]
+    flags += ["--init", denoise.WEIGHTS[context]]
+    ok("distill", "--data", "y.h5", *flags, "--split", "train", "--model", "m.pt", "--out", "m.h5", cwd=tmp_path)
+    ok("distill", "--export", "m.onnx", "--model", "m.pt", cwd=tmp_path)
+    session, model = onnxruntime.InferenceSession(tmp_path / "m.onnx"), distill.student(tmp_path / "m.pt")
+    for count, h, w in ((1, 97, 51), (3, 40, 64)):
+        y = torch.rand(count, 2 * context + 1, h, w)
+        np.testing.assert_allclose(session.run(None, {"noisy": y.numpy()})[0], model.once(y), atol=1e-4)
 
 
 @pytest.mark.parametrize("student", ["nafnet", "resunet"], indirect=True)

@@ -191,15 +191,21 @@ def test_dicom_without_optional_tags(there):
     assert list(out.ImageType) == ["DERIVED", "SECONDARY"] and out.SeriesInstanceUID.is_valid
 
 
-def test_padding_stays(there):
-    """Pixels outside the field of view, marked by PixelPaddingValue, come out as they were."""
+@pytest.mark.parametrize("value", [-2000, -32768])
+def test_padding_stays(there, value):
+    """Pixels outside the field of view, marked by PixelPaddingValue, come out as they were, and do not count."""
     raw = stack("i2") // 8
-    raw[:, :4] = -2000
+    inside = raw[:, 4:].astype(int)
+    raw[:, :4] = value
     for s in range(5):
-        dicom(there / "in" / f"{s}.dcm", raw[s], s, 16, PixelPaddingValue=-2000)
+        dicom(there / "in" / f"{s}.dcm", raw[s], s, 16, PixelPaddingValue=value)
     through(there, lambda y: y + 0.1)
     out = pydicom.dcmread(there / "out" / "2.dcm").pixel_array
-    assert (out[:4] == -2000).all() and (out[4:] != raw[2, 4:]).any()
+    assert (out[:4] == value).all()
+    assert np.abs(out[4:] - inside[2] - 0.1 * np.ptp(inside)).max() <= 1
+    unsigned = pydicom.Dataset()
+    unsigned.add_new(0x00280120, "US", 65536 + value)  # as some scanners write it for signed pixels
+    assert (formats.module_of("dicom").padding(unsigned, raw) == (raw == value)).all()
 
 
 def test_integers_are_rounded_and_saturate(there):

@@ -211,6 +211,17 @@ def write_repeats(path, volumes, scales):
             add(f"run_{k:03d}", volume.shape, ["noisy"], split="train", scale=scale, offset=0.0)[0][:] = volume / scale
 
 
+def test_what_slices_share_is_looked_for_between_edges():
+    """The same phantom of sharp edges in every slice, independent noise: few blocks with edges must not decide."""
+    from skimage.data import shepp_logan_phantom
+
+    x = shepp_logan_phantom()[::2, ::2]
+    y = (x + 0.03 * np.random.default_rng(0).standard_normal((8, *x.shape))).astype(np.float32)
+    known = measure.measure(list(y))
+    assert known["variance"][0] == pytest.approx(0.03**2, rel=0.1)
+    assert abs(measure.blocks.shared_through([y], known["correlation"], 1)) < 0.1
+
+
 def test_repeats_tell_the_noise(tmp_path):
     """Labels and controls in turn, each scaled by itself: the noise is what differs between every second one."""
     rng = np.random.default_rng(0)

@@ -18,6 +18,7 @@ class Volume(NamedTuple):
     header says that it is, if that is no image, such as "statistic". spacing: mm between slices, rows and columns, or
     (). axes: the sides of the patient towards which slices, rows and columns follow each other, such as "SPL", or "".
     whole, place: the shape of the volume from which the slices were cut and the corner where they lay in it, or ().
+    outside: bool (S,H,W) as they were read, what lies outside the field of view (DICOM padding), or None.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Volume(NamedTuple):
     axes: str = ""
     whole: tuple = ()
     place: tuple = ()
+    outside: np.ndarray | None = None
 
 
 class Item(NamedTuple):

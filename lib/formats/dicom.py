@@ -111,11 +111,15 @@ def scaling(ds):
 
 @quiet()
 def read(item):
-    """One Volume: the frames of all files of a series, one after the other; float32 if their scaling differs."""
-    stacks, scales, places, size, folder = [], [], [], 0, item.files[0].parent
+    """One Volume: the frames of all files of a series, one after the other; float32 if their scaling differs.
+
+    Padding, which may be far outside the range of the image, becomes the lowest number that is none.
+    """
+    stacks, masks, scales, places, size, folder = [], [], [], [], 0, item.files[0].parent
     for path in item.files:
         ds, stored = read_pixels(path)
         stacks.append(stored)
+        masks.append(padding(ds, stored))
         scales.append(scaling(ds))
         places.append(position(ds))
         size += stored.nbytes
@@ -123,9 +127,21 @@ def read(item):
     if len(set(scales)) > 1:
         stacks = [(x * slope + intercept).astype(np.float32) for x, (slope, intercept) in zip(stacks, scales)]
     inverted = ds.get("PhotometricInterpretation") == "MONOCHROME1"
-    slices = np.concatenate(stacks)
+    slices, outside = np.concatenate(stacks), np.concatenate(masks)
+    if outside.any():
+        slices[outside] = slices[~outside].min() if not outside.all() else 0
     lies = geometry(ds, places) if len(places) == len(slices) else ((), "")
-    return [Volume(folder.name or "series", slices, str(folder), inverted, None, None, "", *lies)]
+    outside = outside if outside.any() else None
+    return [Volume(folder.name or "series", slices, str(folder), inverted, None, None, "", *lies, outside=outside)]
+
+
+def padding(ds, stored):
+    """Where stored numbers (S,H,W) mark what lies outside the field of view; bool. Signs are compared bit for bit."""
+    if ds.get("PixelPaddingValue") is None:
+        return np.zeros(stored.shape, bool)
+    ends = (ds.PixelPaddingValue, ds.get("PixelPaddingRangeLimit", ds.PixelPaddingValue))
+    low, high = sorted(np.array([int(v) for v in ends]).astype(stored.dtype))  # 63536 is -2000 in 16 bits
+    return (stored >= low) & (stored <= high)
 
 
 def geometry(ds, places):
@@ -160,10 +176,7 @@ def write(item, arrays, paths, method):
         bits = int(ds.get("BitsStored") or ds.BitsAllocated)
         low = -(1 << bits - 1) if before.dtype.kind == "i" else 0
         new = as_type(values, before.dtype, low, low + (1 << bits) - 1)
-        padding = ds.get("PixelPaddingValue")
-        if padding is not None:  # marks what lies outside the field of view: those pixels stay
-            ends = sorted((padding, ds.get("PixelPaddingRangeLimit", padding)))
-            new = np.where((before >= ends[0]) & (before <= ends[1]), before, new)
+        new = np.where(padding(ds, before), before, new)
         derive(ds, new, method, source)
         with atomic_write(path) as temporary:
             ds.save_as(temporary, enforce_file_format=True)

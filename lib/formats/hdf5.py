@@ -36,7 +36,10 @@ def image_names(file, path, key):
             raise ValueError(f"{path} has no dataset {key!r}, only {', '.join(list(file)[:8])}")
         return [key]
     if isinstance(file.get("volumes"), h5py.Group):
-        return [f"volumes/{name}/noisy" for name in file["volumes"] if "noisy" in file["volumes"][name]]
+        found = [f"volumes/{name}/noisy" for name in file["volumes"] if "noisy" in file["volumes"][name]]
+        if not found:
+            raise ValueError(f"{path} has no noisy images: it is a prediction file of this project")
+        return found
     found = [name for name in RECONSTRUCTIONS if name in file] or ["kspace"] * ("kspace" in file)
     if found:
         return found
