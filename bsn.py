@@ -13,7 +13,7 @@ around it cannot be predicted: a network that learns the *noisy* pixel learns th
     python bsn.py --data knee.h5                           # trains bsn.pt, then writes bsn_out.h5
     python bsn.py --data other.h5 --predict --model bsn.pt --out other_bsn.h5
 
-Symbols: y is the noisy image (the paper's x'), x_c the prediction. `--preset paper` is PUCA but for its channel attention,
+Symbols: y is the noisy image (the paper's x'), x_c the prediction. `--preset paper` is PUCA but for channel attention,
 which pools each subsampled image by itself: pooling over all lets a pixel see itself. `fast` has dense 3x3 blocks and
 L2. A convolution dilated by d is an ordinary one on the d*d subsampled images: the same, faster.
 
