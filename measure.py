@@ -26,18 +26,29 @@ from scipy.optimize import nnls
 from lib.blocks import FLATTEST, bin_trust, bins, expected, flattest, halves, in_blocks, periodogram, stationary, usable
 from noise import DARK, REACH, make_noise_model, sample, variance
 
+FAINT = 0.05  # share of the noise's power that the structure of a prediction may have where the noise is measured
 
-def flattest_spectrum(power, structure, bin_of, weight):
-    """Mean power spectrum (16,16) of the flattest blocks, each bin of intensity scaled to its own level."""
+
+def flattest_spectrum(power, structure, bin_of, weight, faint=0.0):
+    """Mean power spectrum (16,16) of the flattest blocks, each bin of intensity scaled to its own level.
+
+    faint: of a prediction, all blocks count where its structure has less than this share of the noise's power at low
+    frequencies. It holds some of the noise, so that those where it is flattest have less noise than others.
+    """
     white = expected(np.ones((1, 1)), power.shape[-1])
-    frequency, _ = halves(power.shape[-1])
+    frequency, even = halves(power.shape[-1])
     low, high = (frequency < 0.25) & (white > 0.05), frequency >= 0.25
     rows = []
     for k in np.unique(bin_of):
         i = np.flatnonzero(bin_of == k)
         if len(i) >= max(100, 0.01 * len(bin_of)):  # few blocks alike by chance must not decide
-            count = max(30, int(FLATTEST * len(i)))
-            found = flattest(power[i], structure[i] / weight, low, count) / np.maximum(white, 0.05)
+            count, own = max(30, int(FLATTEST * len(i))), structure[i] / weight
+            found = flattest(power[i], own, low, count)
+            for _ in range(2 if faint else 0):
+                most = faint * (found / weight)[low].mean()
+                count = max(count, sum(int((own[:, low & half].mean(1) < most).sum()) for half in (even, ~even)) // 2)
+                found = flattest(power[i], own, low, count)
+            found = found / np.maximum(white, 0.05)
             level = max((found / weight)[high].mean(), 1e-12)
             rows.append((count, len(i), level, (found / weight)[low].mean() / level, found / level))
     if not rows:
@@ -71,7 +82,7 @@ def measure_correlation(images, means=None):
     bin_of = bins((blocks if means is None else guide).mean((1, 2)), 16)
     weight, high = np.ones((16, 16)), halves(16)[0] >= 0.25
     for _ in range(3):
-        found = flattest_spectrum(power, structure, bin_of, weight)
+        found = flattest_spectrum(power, structure, bin_of, weight, 0.0 if means is None else FAINT)
         weight = np.maximum(found, 0.02 * found.mean())
         weight /= weight[high].mean()
     measured = correlation_of(found)
