@@ -115,7 +115,7 @@ def denoise_files(
             if look:
                 look(job)
             continue
-        existing = next((path for path in paths if path.exists()), None)
+        existing, there = next((path for path in paths if path.exists()), None), False
         try:
             if existing and not force and whole is not False:
                 raise FileExistsError(f"{existing} exists already, and is not of this run: --force replaces it")
@@ -123,6 +123,7 @@ def denoise_files(
             made = [denoise_volume(volume, denoise) for volume in volumes]
             record.add(folder, share, done, name, mark, whole=False)  # from here on, what is at `paths` is ours
             formats.write(readable.item, [one.out for one in made], readable.paths, method)
+            there = True
             write_sides(readable, volumes, made, folder.parent, told or {})
             record.add(folder, share, done, name, mark, whole=readable.item == job.item)
             written += len(readable.paths)
@@ -134,6 +135,7 @@ def denoise_files(
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
             if full:
                 text = f"{job.paths[0]}: {error.strerror}; {len(jobs) - k} left to do: make room, then run this again"
+            text = f"{job.paths[0]} is written, but not all that belongs beside it: {text}" if there else text
             named = any(str(path.parent) in text for path in (job.item.files[0], *paths))
             problems.append(text if named else f"{job.paths[0]}: {text}")
             tell_files(tell, job, "left out", problems[-1], began=began)

@@ -133,7 +133,11 @@ def write(item, arrays, paths, method):
         for name in file:
             link = file.get(name, getlink=True)
             if isinstance(link, h5py.HardLink) and name != "kspace":
-                file.copy(name, out, expand_external=False)
+                twin = next((other for other in out if file.get(other) == file[name]), None)
+                if twin:  # another name of the same
+                    out[name] = out[twin]
+                else:
+                    file.copy(name, out, expand_external=False)
             elif isinstance(link, h5py.SoftLink):
                 out[name] = link
         for name, values in zip(names, arrays):
