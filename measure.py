@@ -237,11 +237,11 @@ def band(images, dark=0.0):
 def measure(images, means=None, magnitude=False):
     """The noise model of images [(H,W)], from them alone, or better with predictions `means` of the same shapes.
 
-    The correlation is that of the quieter of two models, with and without the predictions, since structure only ever
-    adds; the levels are fitted to the points of both. magnitude: the images are never negative, so that they may be
+    The correlation is the lesser of two, with and without the predictions, since structure only ever adds; the levels
+    are fitted to the points of both. magnitude: the images are never negative, so that they may be
     magnitudes, whose dark places are left out. Raises ValueError if they are too small or too few.
     """
-    points, models = [], []
+    points, tables = [], []
     whole, (images, air) = images, without_air(images) if magnitude else (images, None)
     dark = DARK * air[0] if air else 0.0
 
@@ -253,9 +253,9 @@ def measure(images, means=None, magnitude=False):
         found = measure_levels(images, correlation, guide)
         above = found[0] > np.maximum(3 * np.sqrt(found[1]), dark)
         points.append(found[:, above] if magnitude and above.any() else found)
-        models.append(make_noise_model(fit_levels(*found), correlation))
+        tables.append(correlation)
     level = fit_levels(*np.concatenate(points, 1))
-    model = min(models, key=loud) | dict(variance=level.tolist())
+    model = make_noise_model(level, min(tables, key=lambda table: np.abs(table).sum()))
     if air and loud(model) > 4 * variance(model, np.array(air[0])):
         # Poisson or Gamma noise, whose dark places look like the air of several coils: with and without them
         return min(model | dict(band=band(whole)), measure(whole, means), key=loud)
