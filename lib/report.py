@@ -229,6 +229,10 @@ def page_of_run(path, jobs, rows, tools, facts, problems, names=False):
             entries += [(row, job, j) for j, row in enumerate(found)]
         except (ValueError, OSError, MemoryError) as error:
             problems.append(f"report.html lacks {job.paths[0]}: {error}")
+    wrong = [row for row, *_ in entries if row["rank"] > 1]
+    if wrong:
+        worst = tools["verdict"](max(wrong, key=lambda row: row["rank"])["measures"])[0]
+        print(f"{len(wrong)} of {len(entries)} volumes look wrong, see {path}; the worst: {worst}", flush=True)
     known = [] if names else known_paths(facts["sources"], jobs, facts["out"])
     seen = {}
     said = [text if names else masked(text, known, seen) for text in dict.fromkeys(problems)]

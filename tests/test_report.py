@@ -86,6 +86,17 @@ def test_page(mixed):
     assert page.count('<img src="data:image/webp') == 3 * (3 + 3 + 3 + 1)
 
 
+def test_what_looks_wrong_is_said_at_once(tmp_path, students):
+    """One hot pixel sets the range, and the student takes the rest for flat; without it nothing is said."""
+    image = noisy(1)[0]
+    for name in ("good", "hot"):
+        np.save(tmp_path / f"{name}.npy", image)
+        said = ok("denoise", f"{name}.npy", "--out", name, "--model", students["told"], cwd=tmp_path).stdout
+        assert ("1 of 1 volumes look wrong, see hot/report.html" in said) == (name == "hot")
+        assert ("look wrong" in said) == (name == "hot")
+        image[0, 0] = 30
+
+
 def test_names_are_said_only_if_asked_for(mixed):
     page = (mixed / "masked_roe/report.html").read_text()
     named = (mixed / "named/report.html").read_text()
