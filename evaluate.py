@@ -155,8 +155,7 @@ def estimate_stacks(denoise, stacks, noise_model, seed=0):
 
 def found_gain(noise_model, y, x, z, a, apart=None):
     """By what factor the noise is stronger than the model says, (S,H/8,W/8), by `probe` of some slices."""
-    s2, same = noise.variance(noise_model, x), noise.constant(y)
-    return residual.gain(y, x, z, a, s2, same, noise_model.get("dark"), apart)
+    return residual.gain(y, x, z, a, noise.variance(noise_model, x), noise_model.get("dark"), apart)
 
 
 def noise_map(denoise, volume, noise_model, most=12):

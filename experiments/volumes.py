@@ -31,7 +31,7 @@ import distill
 import evaluate
 import noise
 from experiments import baselines, classical
-from lib import runtime
+from lib import planes, runtime
 from lib.stages import Stages
 
 METHODS = ["nlm", "bm3d", "bm4d", "dipy", "ants", "instant", "tuned", "instant_told", "tuned_told"]
@@ -65,11 +65,12 @@ def estimates(stages, name, spec):
 
     Of one evaluation in one plane.
     """
-    true = evaluate.score(stages.data[1], stages.path(f"{name}1_out.h5"), "test")["psnr"]
-    noisy, student = data.read_volumes(stages.data[1], "noisy", "test"), distill.student(stages.path(f"{name}.pt"))
-    found = {"pooled": -10 * np.log10(np.mean(10 ** (-true / 10)))}
+    clean, noisy = (data.read_volumes(stages.data[1], key, "test") for key in ("clean", "noisy"))
+    once = distill.student(stages.path(f"{name}.pt")).once
+    errors = [np.square(planes.across(once, y, 0, once.context)[0] - clean[v]).ravel() for v, y in noisy.items()]
+    found = {"pooled": -10 * np.log10(np.concatenate(errors).mean(dtype=np.float64))}
     for how, law in (("measured", stages.path("noise.json")), ("told", spec)):
-        found[how] = evaluate.estimate(student, noisy, noise.parse_noise_model(law), 1000)["psnr"]
+        found[how] = evaluate.estimate(once, noisy, noise.parse_noise_model(law), 1000)["psnr"]
     return found
 
 

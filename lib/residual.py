@@ -171,19 +171,19 @@ def in_squares(v):
     return sums / np.outer(*sides)
 
 
-def gain(y, x, z, a, s2, same, dark=0.0, apart=None):
+def gain(y, x, z, a, s2, dark=0.0, apart=None):
     """By what factor the noise around each block is stronger than the model says: smooth, about 1, (S,H/8,W/8).
 
     Args, all (S,H,W): y noisy; x = f(y), what a denoiser f makes of it; z fresh noise of the model, a the derivative
-    of f along it (noise.directional_derivative); s2 its variance; same: where y is constant (noise.constant).
-    dark: of the noise model.
+    of f along it (noise.directional_derivative); s2 its variance. dark: of the noise model.
     apart: how many slices lie from one of these to the next; None if they have nothing in common.
 
     Of noise z, f takes off z - a; of the image y it took off y - x. The ratio of their energies at high frequencies is
     the square of the gain. Its logarithm is averaged over about 1.5 blocks and 2 slices around; blocks that stand out,
     where structure was taken off, count little. Blocks without noise, and dark ones, take the gain of others.
     """
-    least = 0.02 * s2.mean() + 1e-12  # of the variance: dark places of Poisson noise tell nothing
+    least, same = 0.02 * s2.mean() + 1e-12, np.zeros(y.shape, bool)  # dark places of Poisson noise tell nothing
+    same[:, 1:, 1:] = (y[:, 1:, 1:] == y[:, :-1, 1:]) & (y[:, 1:, 1:] == y[:, 1:, :-1])  # nor those without photons
     sigma, level = (2 / apart if apart else 0, 1.5, 1.5), np.sqrt(np.maximum(s2, least))
     taken = ((y - x) / level, (z - a) / level)
     energy = (in_squares(np.square(v - gaussian_filter(v, (0, 0.7, 0.7)))) for v in taken)
