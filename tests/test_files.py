@@ -272,7 +272,10 @@ def test_onnx_of_a_shipped_network(context, tmp_path):
     flags += ["--init", denoise.WEIGHTS[context]]
     ok("distill", "--data", "y.h5", *flags, "--split", "train", "--model", "m.pt", "--out", "m.h5", cwd=tmp_path)
     ok("distill", "--export", "m.onnx", "--model", "m.pt", cwd=tmp_path)
-    session, model = onnxruntime.InferenceSession(tmp_path / "m.onnx"), distill.student(tmp_path / "m.pt", precision="float32")
+    session, model = (
+        onnxruntime.InferenceSession(tmp_path / "m.onnx"),
+        distill.student(tmp_path / "m.pt", precision="float32"),
+    )
     for count, h, w in ((1, 97, 51), (3, 40, 64)):
         y = torch.rand(count, 2 * context + 1, h, w)
         np.testing.assert_allclose(session.run(None, {"noisy": y.numpy()})[0], model.once(y), atol=1e-4)

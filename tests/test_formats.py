@@ -191,23 +191,6 @@ def test_dicom_without_optional_tags(there):
     assert list(out.ImageType) == ["DERIVED", "SECONDARY"] and out.SeriesInstanceUID.is_valid
 
 
-@pytest.mark.parametrize("value", [-2000, -32768])
-def test_padding_stays(there, value):
-    """Pixels outside the field of view, marked by PixelPaddingValue, come out as they were, and do not count."""
-    raw = np.abs(stack("i2") // 8)
-    inside = raw[:, 4:].astype(int)
-    raw[:, :4] = value
-    for s in range(5):
-        dicom(there / "in" / f"{s}.dcm", raw[s], s, 16, PixelPaddingValue=value)
-    through(there, lambda y: y + 0.1)
-    out = pydicom.dcmread(there / "out" / "2.dcm").pixel_array
-    assert (out[:4] == value).all()
-    assert np.abs(out[4:] - inside[2] - 0.1 * np.ptp(inside)).max() <= 1
-    unsigned = pydicom.Dataset()
-    unsigned.add_new(0x00280120, "US", 65536 + value)  # as some scanners write it for signed pixels
-    assert (formats.module_of("dicom").padding(unsigned, raw) == (raw == value)).all()
-
-
 def test_integers_are_rounded_and_saturate(there):
     """A network that overshoots never wraps: 12 bits end at 4095, int16 at its ends."""
     raw = np.full((20, 24), 4000, np.uint16)

@@ -1,15 +1,17 @@
 """Images with a masked background (skull-stripped): where y is one value there is no noise, whatever the model says."""
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from conftest import ellipses
 from scipy.ndimage import gaussian_filter
+from test_formats import dicom, stack, there, through  # noqa: F401  there: a fixture
 
 import data
 import evaluate
 import noise
-from lib import planes
+from lib import formats, planes
 
 LAW = noise.known("gaussian", 12 / 255)
 
@@ -72,3 +74,20 @@ def test_error_of_a_blind_spot_prediction(masked, tmp_path):
     found = evaluate.measure_without_reference(volumes, tmp_path / "y.h5", tmp_path / "p.h5", "test", LAW)
     assert found["error"] == pytest.approx(0.03 * disc.mean() ** 0.5, rel=0.1)
     assert found["removed"] == pytest.approx(1 + (0.03 * 255 / 12) ** 2, rel=0.05)
+
+
+@pytest.mark.parametrize("value", [-2000, -32768])
+def test_padding_stays(there, value):  # noqa: F811
+    """Pixels outside the field of view, marked by PixelPaddingValue, come out as they were, and do not count."""
+    raw = np.abs(stack("i2") // 8)
+    inside = raw[:, 4:].astype(int)
+    raw[:, :4] = value
+    for s in range(5):
+        dicom(there / "in" / f"{s}.dcm", raw[s], s, 16, PixelPaddingValue=value)
+    through(there, lambda y: y + 0.1)
+    out = pydicom.dcmread(there / "out" / "2.dcm").pixel_array
+    assert (out[:4] == value).all()
+    assert np.abs(out[4:] - inside[2] - 0.1 * np.ptp(inside)).max() <= 1
+    unsigned = pydicom.Dataset()
+    unsigned.add_new(0x00280120, "US", 65536 + value)  # as some scanners write it for signed pixels
+    assert (formats.module_of("dicom").padding(unsigned, raw) == (raw == value)).all()
