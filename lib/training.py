@@ -273,7 +273,7 @@ class Training:
             raise ValueError(f"{path} was trained with other data as --{changed[0]}: it cannot resume")
         for name, value in {**checkpoint["model_args"], **checkpoint["extra"]}.items():
             given = getattr(self.args, name, None)
-            if given not in (None, value, checkpoint["args"].get(name)):
+            if given not in (None, "auto", value, checkpoint["args"].get(name)):
                 raise ValueError(f"--{name} {given}: {path} was trained with {value}: it cannot resume")
         self.start = checkpoint["step"]
         if self.start > self.args.steps:

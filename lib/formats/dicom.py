@@ -135,12 +135,17 @@ def read(item):
     return [Volume(folder.name or "series", slices, str(folder), inverted, None, None, "", *lies, outside=outside)]
 
 
-def padding(ds, stored):
-    """Where stored numbers (S,H,W) mark what lies outside the field of view; bool. Signs are compared bit for bit."""
+def padding_ends(ds, dtype):
+    """(lowest, highest) stored number that marks what lies outside the field of view; (1, 0) if none does."""
     if ds.get("PixelPaddingValue") is None:
-        return np.zeros(stored.shape, bool)
+        return 1, 0
     ends = (ds.PixelPaddingValue, ds.get("PixelPaddingRangeLimit", ds.PixelPaddingValue))
-    low, high = sorted(np.array([int(v) for v in ends]).astype(stored.dtype))  # 63536 is -2000 in 16 bits
+    return tuple(sorted(int(v) for v in np.array([int(v) for v in ends]).astype(dtype)))  # 63536 is -2000 in 16 bits
+
+
+def padding(ds, stored):
+    """Where stored numbers (S,H,W) lie outside the field of view; bool."""
+    low, high = padding_ends(ds, stored.dtype)
     return (stored >= low) & (stored <= high)
 
 
@@ -176,7 +181,9 @@ def write(item, arrays, paths, method):
         bits = int(ds.get("BitsStored") or ds.BitsAllocated)
         low = -(1 << bits - 1) if before.dtype.kind == "i" else 0
         new = as_type(values, before.dtype, low, low + (1 << bits) - 1)
-        new = np.where(padding(ds, before), before, new)
+        (first_pad, last_pad), outside = padding_ends(ds, before.dtype), padding(ds, before)
+        beside = last_pad + 1 if last_pad < low + (1 << bits) - 1 else first_pad - 1  # what is inside stays so
+        new = np.where(outside, before, np.where(padding(ds, new), beside, new)).astype(before.dtype)
         derive(ds, new, method, source)
         with atomic_write(path) as temporary:
             ds.save_as(temporary, enforce_file_format=True)
