@@ -265,7 +265,8 @@ def deviation(noise_model, denoise, y, x, generators, probes=4, sigma=2.0):
 def posterior_samples(noise_model, f, y, x, generator, count, strength=0.1):
     """`count` volumes that may have been y before the noise, (count,S,H,W) float32, in pairs x + r and x - r.
 
-    Args: f: denoiser of a whole volume, (S,H,W) to (S,H,W) arrays; y: noisy; x: f(y). The mean of each pair is x.
+    Args: f: denoiser of a whole volume, (S,H,W) to (S,H,W) arrays; y: noisy; x: f(y), or a better
+    mean, as over symmetries or planes. The mean of each pair is x.
 
     They are drawn from the Gaussian with mean x and covariance J C, the posterior's by second-order Tweedie
     (`deviation`), with J the derivative of f and C the covariance of the noise. sqrt(J) z, for noise z, has it; the

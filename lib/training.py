@@ -258,7 +258,7 @@ class Training:
         settings = dict(lr=args.lr, betas=self.betas, weight_decay=0)
         self.optimizer = torch.optim.AdamW(network.parameters(), fused=True, **settings)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: schedule(step, args.steps))
-        self.ema, self.count = copy.deepcopy(network), 0
+        self.ema = copy.deepcopy(network)
         if checkpoint:
             self.resume(checkpoint)
         elif self.rank == 0:
@@ -284,7 +284,6 @@ class Training:
                 raise ValueError(f"{path} cannot be extended: the state of its training, {path}.part, is gone")
             return
         self.network.load_state_dict(checkpoint["model"])
-        self.count = self.start
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         self.scheduler.load_state_dict(checkpoint["scheduler"])
         self.scheduler.base_lrs = [self.args.lr]  # --lr and --steps may be new
@@ -312,8 +311,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
-        ema_update(self.ema, self.network, self.count, self.args.ema)
-        self.count += 1
+        ema_update(self.ema, self.network, self.scheduler.last_epoch - 1, self.args.ema)
         if self.rank == 0:
             self.losses.append(loss.detach())
             self.errors += [] if mse is None else [mse.detach()]
