@@ -125,8 +125,8 @@ def tuned_recipe(stages):
         law, also = ("none", []) if best == "noisy" else (known, ["--planes"])
         learn(stages, start, law, 0, *also, *(few if instant else []), name="shipped")
         images, student = "shipped_out.h5", "shipped.pt"
-    off = correlation_error(stages, images) if best != "noisy" else 0
-    if off > LAWLESS:
+    law = noise.parse_noise_model(known)
+    if best != "noisy" and (off := evaluate.correlation_error(stages.data[1], stages.path(images), law)) > LAWLESS:
         print(f"denoise: no, the images as they are: what was removed is not correlated as noise is (off by {off:.2f})")
         learn(stages, start, "none", 0, *(few if instant else []), name="untouched")
         best, images, student = "noisy", "untouched_out.h5", "untouched.pt"
@@ -135,15 +135,6 @@ def tuned_recipe(stages):
         flags, stages.judged = [*stages.data, "--pred", stages.path(images), "--like", as_they_came[1]], images
         images = stages.run(noise, "multiply", *flags, out="multiplied_out.h5")
     return images, student
-
-
-def correlation_error(stages, images):
-    """How far what was removed is from being correlated as the noise that was measured: the median of eight slices."""
-    law = noise.parse_noise_model(stages.path(stages.noise_file))
-    noisy, out = data.read_volumes(stages.data[1]), data.read_matching(stages.path(images), stages.data[1])
-    every = [(name, s) for name, volume in out.items() for s in range(volume.shape[0])]
-    some = [every[i] for i in data.evenly(len(every), 8)]
-    return float(np.median([evaluate.no_reference(noisy[n][s], out[n][s], law)["correlation error"] for n, s in some]))
 
 
 def look(stages, suffix=""):
@@ -325,6 +316,13 @@ def train_on_files(args, jobs, work, problems):
     return stages, train(stages, args.recipe, args.rounds)
 
 
+def made_already(stages):
+    """What the student made of the dataset: callable, a mapped volume (S,H,W) to it denoised, None if it is another."""
+    names = {digest: name for name, digest in data.fingerprints(stages.data[1]).items()}
+    denoised = data.read_matching(stages.path("denoised.h5"), stages.data[1])
+    return lambda volume: denoised.get(names.get(data.fingerprint(volume)))
+
+
 def denoise_files(args, held):
     """Image files in, files of the same kind out, by args.model or by a student trained on them. Returns exit code.
 
@@ -359,6 +357,8 @@ def denoise_files(args, held):
     if args.noise_map:
         gains = files.given_map(args.noise_map)
         student.noise_map = lambda volume: gains(volume.shape)
+    if stages and not std and not hasattr(student, "noise_map") and ensemble == (1 if args.instant else 8):
+        student.made = made_already(stages)
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}, ensemble of {ensemble}"
     method += ", bias corrected" if args.bias_correct else ""
     method += f", noise map {files.digest([args.noise_map])}" if args.noise_map else ""

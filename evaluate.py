@@ -89,6 +89,14 @@ def no_reference(y, x, noise_model):
     return residual.measure(y, x, s2, np.asarray(noise_model["correlation"]), noise.spectrum(noise_model, *s2.shape))
 
 
+def correlation_error(path, pred, noise_model, slices=8):
+    """How far what a prediction file removed is from being correlated as the noise: the median over some slices."""
+    noisy, out = data.read_volumes(path), data.read_matching(pred, path)
+    every = [(name, s) for name, volume in out.items() for s in range(volume.shape[0])]
+    some = (every[i] for i in data.evenly(len(every), slices))
+    return float(np.median([no_reference(noisy[n][s], out[n][s], noise_model)["correlation error"] for n, s in some]))
+
+
 def noise_at(x, noise_model):
     """Variance of the noise at each pixel of a denoised slice x (H,W)."""
     return noise.variance(noise_model, gaussian_filter(np.asarray(x, np.float64), 1))

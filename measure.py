@@ -23,7 +23,19 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.optimize import nnls
 
-from lib.blocks import FLATTEST, bin_trust, bins, expected, flattest, halves, in_blocks, periodogram, stationary, usable
+from lib.blocks import (
+    FLATTEST,
+    bin_trust,
+    bins,
+    expected,
+    flat_enough,
+    flattest,
+    halves,
+    in_blocks,
+    periodogram,
+    stationary,
+    usable,
+)
 from noise import DARK, REACH, make_noise_model, sample, variance
 
 FAINT = 0.05  # share of the noise's power that the structure of a prediction may have where the noise is measured
@@ -36,19 +48,16 @@ def flattest_spectrum(power, structure, bin_of, weight, faint=0.0):
     frequencies. It holds some of the noise, so that those where it is flattest have less noise than others.
     """
     white = expected(np.ones((1, 1)), power.shape[-1])
-    frequency, even = halves(power.shape[-1])
+    frequency = halves(power.shape[-1])[0]
     low, high = (frequency < 0.25) & (white > 0.05), frequency >= 0.25
     rows = []
     for k in np.unique(bin_of):
         i = np.flatnonzero(bin_of == k)
         if len(i) >= max(100, 0.01 * len(bin_of)):  # few blocks alike by chance must not decide
             count, own = max(30, int(FLATTEST * len(i))), structure[i] / weight
-            found = flattest(power[i], own, low, count)
-            for _ in range(2 if faint else 0):
-                most = faint * (found / weight)[low].mean()
-                count = max(count, sum(int((own[:, low & half].mean(1) < most).sum()) for half in (even, ~even)) // 2)
-                found = flattest(power[i], own, low, count)
-            found = found / np.maximum(white, 0.05)
+            if faint:
+                count = flat_enough(power[i] / weight, own, low, low, count, faint)
+            found = flattest(power[i], own, low, count) / np.maximum(white, 0.05)
             level = max((found / weight)[high].mean(), 1e-12)
             rows.append((count, len(i), level, (found / weight)[low].mean() / level, found / level))
     if not rows:
@@ -136,6 +145,8 @@ def measure_levels(images, correlation, means=None):
         i = np.flatnonzero(bin_of == k)
         if len(i) >= 100:
             count = max(20, int(0.05 * len(i)))
+            if means is not None:
+                count = flat_enough(power[i], structure[i], among, high, count, FAINT)
             flat = flattest(power[i], structure[i], among, count)[high]
             found = level_of(flat, power[i][:, high].mean(0))
             chosen = i[np.argsort(structure[i][:, among].sum(1))[:count]]

@@ -39,7 +39,8 @@ def denoise_volume(volume, denoise):
     to how much stronger than expected its noise is, in blocks of 8x8 pixels (S,H/8,W/8): the slices are divided by it,
     and what comes out is multiplied by it. level: callable, a denoised slice (H,W) to the deviation of its noise.
     signal: callable, a denoised slice to what is written instead of it. beside and planes: a callable, the mapped
-    volume to what the denoiser makes of it in two other planes, and their weight.
+    volume to what the denoiser makes of it in two other planes, and their weight. made: callable, the mapped volume to
+    what it is denoised (S,H,W) if that is known already, else None; not with a noise_map or a standard deviation.
     Raises ValueError below 16x16 pixels, or for a single slice that needs neighbours.
     """
     low, high = files.finite_range(volume.slices)
@@ -55,25 +56,33 @@ def denoise_volume(volume, denoise):
         raise ValueError(f"{volume.source}: a single image, and the student sees neighbouring slices")
 
     def mapped(s):
-        y = volume.slices[s].astype(wide)
-        y -= offset
-        y /= scale
-        return np.nan_to_num(y.astype(np.float32, copy=False), copy=False, nan=0, posinf=1, neginf=0)
+        y = files.mapped(volume.slices[s], scale, offset)
+        return np.nan_to_num(y, copy=False, nan=0, posinf=1, neginf=0)
 
-    noise_map, level, signal = (getattr(denoise, name, None) for name in ("noise_map", "level", "signal"))
-    gains = noise_map(np.stack([mapped(s) for s in range(count)])) if noise_map else None
+    def stacked():
+        return np.stack([mapped(s) / gain(s) for s in range(count)])
+
+    gains, known, others = None, None, None
+    noise_map, level, signal, made = (getattr(denoise, name, None) for name in ("noise_map", "level", "signal", "made"))
 
     def gain(s):
         return 1 if gains is None else crops.enlarge(gains[s], volume.slices.shape[1:])
 
-    weight, others = getattr(denoise, "planes", 0), None
-    if weight and volume.slices.size <= denoise.beside.most:
-        others = denoise.beside(np.stack([mapped(s) / gain(s) for s in range(count)]))
+    if made and volume.slices.size <= files.PIXELS:  # more than in any dataset of image files
+        known = made(stacked())
+    elif noise_map:
+        gains = noise_map(stacked())
+    weight = getattr(denoise, "planes", 0)
+    if weight and known is None and volume.slices.size <= denoise.beside.most:
+        others = denoise.beside(stacked())
     out = np.empty(volume.slices.shape, volume.slices.dtype)
     for s in range(count):
         which = crops.around(s, count, context)
         ready = {k: ready[k] if k in ready else mapped(k) / gain(k) for k in which}  # each slice is mapped once
-        x, *deviation = denoise(torch.from_numpy(np.stack([ready[k] for k in which]))[None])[0].numpy()
+        if known is None:
+            x, *deviation = denoise(torch.from_numpy(np.stack([ready[k] for k in which]))[None])[0].numpy()
+        else:
+            x, deviation = known[s], []
         if others is not None:
             x += weight * (others[s] - x)
         if level:

@@ -8,10 +8,10 @@ FLATTEST = 0.02  # share of the blocks of like intensity that are measured
 
 
 def in_blocks(images, side):
-    """All side x side blocks of images [(H,W)], half overlapping, (n,side,side) float64."""
+    """All side x side blocks of images [(H,W)], half overlapping, (n,side,side) float32."""
     return np.concatenate(
         [sliding_window_view(x, (side, side))[:: side // 2, :: side // 2].reshape(-1, side, side) for x in images]
-    ).astype(np.float64)
+    ).astype(np.float32, copy=False)
 
 
 def plane(side):
@@ -23,15 +23,17 @@ def plane(side):
 
 def waves(blocks):
     """DFT of blocks freed of their plane, (n,side,side) complex, of unit power for white noise of unit variance."""
-    side, basis = blocks.shape[-1], plane(blocks.shape[-1])
+    side, basis = blocks.shape[-1], plane(blocks.shape[-1]).astype(np.float32)
     flat = blocks.reshape(len(blocks), -1)
-    flat = flat - (flat @ basis.T) @ basis
-    return fft2(flat.reshape(blocks.shape)) / side  # SciPy's is faster than NumPy's
+    flat = flat - flat.mean(1, keepdims=True)
+    flat -= (flat @ basis.T) @ basis
+    return fft2(flat.reshape(blocks.shape)) / side  # SciPy's keeps single precision
 
 
 def periodogram(blocks):
     """Power at each frequency of blocks freed of their plane, (n,side,side); of white noise: its variance."""
-    return (np.abs(waves(blocks)) ** 2).astype(np.float32)
+    found = waves(blocks)
+    return np.square(found.real) + np.square(found.imag)
 
 
 def expected(correlation, side):
@@ -65,6 +67,21 @@ def flattest(power, structure, among, count):
         order = np.argsort(structure[:, among & own].sum(1))[:count]
         out = np.where(own, out, power[order].mean(0))
     return out
+
+
+def flat_enough(power, structure, among, noisy, count, faint):
+    """How many of the flattest blocks `flattest` should look at: `count`, or more if so many are flat enough.
+
+    Enough: the structure of a prediction (n,side,side) has less than the share `faint` of the power of the noise, which
+    is that at the frequencies `noisy` (side,side). A prediction holds some of the noise, so that the very flattest of
+    its blocks have less noise than others. The other arguments are those of `flattest`.
+    """
+    _, even = halves(power.shape[-1])
+    for _ in range(2):
+        most = faint * flattest(power, structure, among, count)[noisy].mean()
+        flat = sum(int((structure[:, among & half].mean(1) < most).sum()) for half in (even, ~even)) // 2
+        count = max(count, flat)
+    return count
 
 
 def stationary(blocks):
@@ -113,7 +130,7 @@ def shared_through(stacks, correlation, lag):
     are looked for in the sum of the two slices, by half of the frequencies, and measured by the other half. Returns
     None if there are too few blocks to tell.
     """
-    expect, (frequency, even) = np.maximum(expected(correlation, 8), 1e-6), halves(8)
+    expect, (frequency, even) = np.maximum(expected(correlation, 8), 1e-6).astype(np.float32), halves(8)
     high, low = frequency >= 0.25, (frequency < 0.25) & (expect > 0.05)
     high &= expect > 0.1 * expect[high].mean()
     common, power, both, mean = [], [], [], []
@@ -123,9 +140,10 @@ def shared_through(stacks, correlation, lag):
             keep = usable(one) & usable(other)
             one, other = one[keep], other[keep]
             a, b = waves(one), waves(other)
-            common.append(((a * b.conj()).real / expect).astype(np.float32))
-            power.append(((np.abs(a) ** 2 + np.abs(b) ** 2) / 2 / expect).astype(np.float32))
-            both.append((np.abs(a + b) ** 2 / expect).astype(np.float32))
+            shared, own = (a * b.conj()).real / expect, (np.square(np.abs(a)) + np.square(np.abs(b))) / 2 / expect
+            common.append(shared)
+            power.append(own)
+            both.append(2 * (own + shared))
             mean.append((one + other).mean((1, 2)) / 2)
     if not mean:
         return None

@@ -177,6 +177,14 @@ def scaling(volume, low, high):
     return (low - high, high) if volume.inverted else (high - low, low)
 
 
+def mapped(raw, scale, offset):
+    """(number - offset) / scale as float32, computed in double precision for numbers that single does not hold."""
+    values = raw.astype(np.float64 if raw.dtype.itemsize > 2 else np.float32)
+    values -= offset
+    values /= scale
+    return values.astype(np.float32, copy=False)
+
+
 def normalize(volume):
     """(values (S,H,W) float32, scale, offset): a formats.Volume, mapped linearly so that its `ends` become 0 and 1.
 
@@ -189,7 +197,7 @@ def normalize(volume):
     scale, offset = scaling(volume, low, high)
     values = np.empty(raw.shape, np.float32)
     for s in range(len(raw)):
-        values[s] = (raw[s].astype(np.float64) - offset) / scale
+        values[s] = mapped(raw[s], scale, offset)
     return values, scale, offset
 
 

@@ -160,3 +160,22 @@ def test_estimates_run_where_they_are_told(scans, monkeypatch):
     ok("evaluate", *flags, "--slices", 2, "--device", "cpu", "--precision", "float32", cwd=scans)
     assert asked == [("cpu", "float32")]
     assert evaluate.parse_predictions(["a=b/x=1.h5"]) == {"a": "b/x=1.h5"}
+
+
+def test_no_slice_is_denoised_twice(scans, monkeypatch):
+    """What the student made of the dataset is written to the files, the same as it makes of the files by itself."""
+    plain, found = denoise.made_already, []
+
+    def watched(stages):
+        known = plain(stages)
+        return lambda volume: found.append(known(volume)) or found[-1]
+
+    monkeypatch.setattr(denoise, "made_already", watched)
+    ok("denoise", "in", "--instant", "--out", "once", cwd=scans)
+    assert len(found) == 2 and all(x is not None for x in found)
+    ok("denoise", "in", "--model", "once/diffdenoise/student.pt", "--out", "again", cwd=scans)
+    for name in "ab":
+        once, again = (np.load(scans / out / f"{name}.npy") for out in ("once", "again"))
+        np.testing.assert_allclose(once, again, atol=0.2)  # of about 1000, noise of 50: bfloat16 rounds by batches
+    ok("denoise", "in", "--instant", "--ensemble", 8, "--out", "mean", cwd=scans)
+    assert len(found) == 2
