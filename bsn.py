@@ -405,8 +405,8 @@ def estimator(path, device="auto", precision="auto"):
     return estimate
 
 
-def predict(args):
-    """Writes the prediction for every volume of args.data, with the EMA weights of args.model, to args.out."""
+def predict(args, noisy):
+    """Writes the prediction for {name: (S,H,W)} of args.data, with the EMA weights of args.model, to args.out."""
     denoise, attrs = estimator(args.model, args.device, args.precision), {}
     context, stride, keys = denoise.context, denoise.stride, denoise.keys
 
@@ -419,7 +419,6 @@ def predict(args):
             outputs.append(denoise(seen)[:, :1])
         return torch.cat(outputs, 1)
 
-    noisy = data.read_volumes(args.data, "noisy", args.split, data.TO_PREDICT)
     data.choose_context(context, noisy)
     if args.hidden:
         keys = [*keys, ("hidden", HIDDEN)]
@@ -441,9 +440,10 @@ def main(argv=None):
     training.prediction_flags(p, "bsn_out.h5")
     args = p.parse_args(argv)
     training.check_outputs(args, [args.data])
+    noisy = data.read_volumes(args.data, "noisy", args.split, data.TO_PREDICT)  # or refused, before it trains
     if not args.predict:
         train(args, training.resolve_args(args, LGBPN_PRESETS if args.arch == "lgbpn" else PRESETS, "bsn"))
-    predict(args)
+    predict(args, noisy)
 
 
 if __name__ == "__main__":

@@ -267,6 +267,12 @@ def choose_context(text, volumes, stage=None):
 # ---------------------------------------------------------------------------------------------------------------
 # predictions
 # ---------------------------------------------------------------------------------------------------------------
+def by_content(path, dataset):
+    """The predictions of a file by what they were made from: callable, (S,H,W) noisy to (S,H,W), None if not there."""
+    names, found = {digest: name for name, digest in fingerprints(dataset).items()}, read_matching(path, dataset)
+    return lambda noisy: found.get(names.get(fingerprint(noisy)))
+
+
 def write_predictions(args, stage, like, volumes, predict, keys=("pred",), attrs=None, batch=4, context=0):
     """Writes to args.out what `predict` makes of every slice of `volumes` {name: (S,H,W)}, read from the file `like`.
 

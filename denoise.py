@@ -316,13 +316,6 @@ def train_on_files(args, jobs, work, problems):
     return stages, train(stages, args.recipe, args.rounds)
 
 
-def made_already(stages):
-    """What the student made of the dataset: callable, a mapped volume (S,H,W) to it denoised, None if it is another."""
-    names = {digest: name for name, digest in data.fingerprints(stages.data[1]).items()}
-    denoised = data.read_matching(stages.path("denoised.h5"), stages.data[1])
-    return lambda volume: denoised.get(names.get(data.fingerprint(volume)))
-
-
 def denoise_files(args, held):
     """Image files in, files of the same kind out, by args.model or by a student trained on them. Returns exit code.
 
@@ -340,6 +333,7 @@ def denoise_files(args, held):
     if args.noise_map:
         files.given_map(args.noise_map)  # refused before anything is done
     if not args.model:
+        apply.check_room(jobs, work, args.force)
         stages, recipe = train_on_files(args, jobs, work, problems)
         if recipe == "paper":
             asked = {"--std": std, "--noise-map-out": args.noise_map_out, "--bias-correct": args.bias_correct}
@@ -358,7 +352,7 @@ def denoise_files(args, held):
         gains = files.given_map(args.noise_map)
         student.noise_map = lambda volume: gains(volume.shape)
     if stages and not std and not hasattr(student, "noise_map") and ensemble == (1 if args.instant else 8):
-        student.made = made_already(stages)
+        student.made = data.by_content(stages.path("denoised.h5"), stages.data[1])
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}, ensemble of {ensemble}"
     method += ", bias corrected" if args.bias_correct else ""
     method += f", noise map {files.digest([args.noise_map])}" if args.noise_map else ""

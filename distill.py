@@ -385,9 +385,8 @@ def weigh_planes(args):
     planes.add_weight(args.model, denoise, noisy, lambda *images: noise.sample(law, *images), s2)
 
 
-def predict(args):
-    """Writes the student's output for every volume of args.data, with the EMA weights of args.model, to args.out."""
-    noisy = data.read_volumes(args.data, "noisy", args.split, data.TO_PREDICT)
+def predict(args, noisy):
+    """Writes the student's output for {name: (S,H,W)} of args.data, with the EMA weights of args.model, to args.out."""
     told = args.predict and args.noise and (measure.load_noise_model(args.noise, args.data, args.pred), noisy)
     std = bool(args.std or args.samples)
     denoise = student(args.model, args.device, args.precision, ensemble=args.ensemble, told=told, std=std)
@@ -439,11 +438,12 @@ def main(argv=None):
         raise ValueError("--target is needed for training: a prediction file, recorrupted, or clean")
     if args.predict and args.planes:
         raise ValueError("--planes is for training, which adds their weight to --model; --predict leaves that alone")
+    noisy = data.read_volumes(args.data, "noisy", args.split, data.TO_PREDICT)  # or refused, before it trains
     if not args.predict:
         train(args, training.resolve_args(args, PRESETS, "distill"))
     if args.planes:
         runtime.first_alone(weigh_planes, args)
-    predict(args)
+    predict(args, noisy)
 
 
 if __name__ == "__main__":

@@ -274,10 +274,9 @@ def classical_denoiser(args):
 
 
 @torch.inference_mode()
-def predict(args):
-    """Denoises every volume of args.data (of one split, if asked) and writes args.out."""
+def predict(args, noisy):
+    """Denoises volumes {name: (S,H,W)} of args.data and writes args.out."""
     denoise = classical_denoiser(args) if args.method in CLASSICAL else trained_denoiser(args)
-    noisy = data.read_volumes(args.data, "noisy", args.split, data.TO_PREDICT)
     data.write_predictions(args, args.method, args.data, noisy, lambda y, *_: denoise(y))
 
 
@@ -297,15 +296,16 @@ def main(argv=None):
     args.out, args.model = (name.replace("METHOD", args.method) for name in (args.out, args.model))
     if args.method != "nlm" and (args.sigma or args.noise):
         raise ValueError(f"--sigma and --noise are for --method nlm; {args.method} does without")
+    noisy = data.read_volumes(args.data, "noisy", args.split, data.TO_PREDICT)  # or refused, before it trains
     if args.method in CLASSICAL:
         runtime.check_outputs([args.data, args.noise], [args.out])
-        return predict(args)
+        return predict(args, noisy)
     if args.period == 1:
         raise ValueError("--period 1 hides every pixel at once: 2 is the least")
     training.check_outputs(args, [args.data])
     if not args.predict:
         train(args, training.resolve_args(args, PRESETS[args.method], args.method))
-    predict(args)
+    predict(args, noisy)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,24 @@ def denoise_volume(volume, denoise):
     return Denoised(out, std, levels, gains)
 
 
+def entry(job, folder):
+    """(all files that a job writes, its name in the log in `folder`)."""
+    paths = [*job.paths, *job.sides.values()]
+    return paths, hashlib.blake2b(
+        str([p.relative_to(folder.parent) for p in paths]).encode(), digest_size=8
+    ).hexdigest()
+
+
+def check_room(jobs, folder, force=False):
+    """Raises ValueError if every job would be left out because files are there already that no such run wrote."""
+    done, taken = record.read(folder), []
+    for job in [] if force else jobs:
+        paths, name = entry(job, folder)
+        taken += [path for path in paths if path.exists() and name not in done][:1]
+    if taken and len(taken) == len(jobs):
+        raise ValueError(f"{taken[0]} exists already, and is not of this run: --force replaces it")
+
+
 def denoise_files(
     jobs, denoise, method, folder, problems, force=False, share=(0, 1), stop=(), tell=None, told=None, look=None
 ):
@@ -114,8 +132,7 @@ def denoise_files(
     for k, job in enumerate(runtime.progress(jobs, "denoise")):
         if stop:
             break
-        began, paths, mark = time.monotonic(), [*job.paths, *job.sides.values()], f"{job.digest} {method}"
-        name = hashlib.blake2b(str([p.relative_to(folder.parent) for p in paths]).encode(), digest_size=8).hexdigest()
+        began, mark, (paths, name) = time.monotonic(), f"{job.digest} {method}", entry(job, folder)
         state = done.get(name, {})
         whole = state.get("whole") if state.get("mark") == mark else None  # None: this run has not begun it
         if whole and all(path.exists() for path in paths):

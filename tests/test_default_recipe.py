@@ -164,13 +164,13 @@ def test_estimates_run_where_they_are_told(scans, monkeypatch):
 
 def test_no_slice_is_denoised_twice(scans, monkeypatch):
     """What the student made of the dataset is written to the files, the same as it makes of the files by itself."""
-    plain, found = denoise.made_already, []
+    plain, found = data.by_content, []
 
-    def watched(stages):
-        known = plain(stages)
+    def watched(*files):
+        known = plain(*files)
         return lambda volume: found.append(known(volume)) or found[-1]
 
-    monkeypatch.setattr(denoise, "made_already", watched)
+    monkeypatch.setattr(data, "by_content", watched)
     ok("denoise", "in", "--instant", "--out", "once", cwd=scans)
     assert len(found) == 2 and all(x is not None for x in found)
     ok("denoise", "in", "--model", "once/diffdenoise/student.pt", "--out", "again", cwd=scans)
@@ -179,3 +179,18 @@ def test_no_slice_is_denoised_twice(scans, monkeypatch):
         np.testing.assert_allclose(once, again, atol=0.2)  # of about 1000, noise of 50: bfloat16 rounds by batches
     ok("denoise", "in", "--instant", "--ensemble", 8, "--out", "mean", cwd=scans)
     assert len(found) == 2
+
+
+def test_refused_before_it_trains(scans):
+    """What the end would refuse is refused at the start: files of others, a split that is not there."""
+    (scans / "taken").mkdir()
+    for name in "ab":
+        (scans / f"taken/{name}.npy").write_bytes(b"precious")
+    done = run("denoise", "in", "--out", "taken", cwd=scans)
+    assert done.returncode == 2 and "a.npy exists already, and is not of this run: --force" in done.stderr
+    assert not list((scans / "taken/diffdenoise").glob("*.h5")) and (scans / "taken/a.npy").read_bytes() == b"precious"
+    ok("data", "import", "in", "--split", "train", "--out", "train.h5", cwd=scans)
+    for stage in ("bsn", "distill --target recorrupted", "experiments.baselines --method nei2nei"):
+        done = run(*stage.split(), *"--data train.h5 --split val --model no.pt --out no.h5".split(), cwd=scans)
+        assert done.returncode == 2 and "train.h5 has no volume of split 'val'" in done.stderr
+        assert not list(scans.glob("no.*"))

@@ -327,13 +327,13 @@ def test_numpy_round_trip(there):
     a, b = stack("u2"), stack("f8", (40, 30))
     np.save(there / "in" / "a.npy", a)
     np.save(there / "in" / "fortran.npy", np.asfortranarray(a))
-    np.savez(there / "in" / "c.npz", a=a, b=b, spacing=np.ones(3))
+    np.savez(there / "in" / "c.npz", a=a, affine=np.eye(4), b=b, spacing=np.ones(3))
     assert through(there) == []
     assert np.array_equal(np.load(there / "out" / "a.npy"), a)
     assert np.array_equal(np.load(there / "out" / "fortran.npy"), a)
     with np.load(there / "out" / "c.npz") as out:
         assert np.array_equal(out["a"], a) and np.array_equal(out["b"], b) and out["b"].dtype == np.float64
-        assert out["spacing"].tolist() == [1, 1, 1]
+        assert out["spacing"].tolist() == [1, 1, 1] and np.array_equal(out["affine"], np.eye(4))
 
 
 def fastmri(path, images, acquisition="AXT2", kspace=None):

@@ -116,7 +116,7 @@ def write_picture(source, arrays, path):
 
 
 def read_numpy(item):
-    """One Volume of a .npy file (H,W) or (S,H,W), mapped into memory; one for each such array of a .npz archive."""
+    """One Volume of a .npy file (H,W) or (S,H,W), mapped into memory; one for each image of a .npz archive."""
     path = item.files[0]
     if path.suffix.lower() == ".npy":
         return [numpy_volume(path, path.stem, np.load(path, mmap_mode="r", allow_pickle=False))]
@@ -125,12 +125,18 @@ def read_numpy(item):
             for member in archive.infolist():
                 check_member(path, archive, member)
         with np.load(path, allow_pickle=False) as arrays:
-            images = {name: arrays[name] for name in arrays.files if arrays[name].ndim in (2, 3)}
+            images = images_among({name: arrays[name] for name in arrays.files})
         if not images:
             raise ValueError(f"{path} holds no array of two or three dimensions")
         return [numpy_volume(path, f"{path.stem}_{name}", image) for name, image in images.items()]
     except BadZipFile as error:
         raise ValueError(f"{path} cannot be read as .npz: {error}") from None
+
+
+def images_among(arrays):
+    """Those of {name: array} that are slices, or stacks of them: from 16x16 pixels up if any is, else of any size."""
+    flat = {name: x for name, x in arrays.items() if x.ndim in (2, 3)}
+    return {name: x for name, x in flat.items() if min(x.shape[-2:]) >= 16} or flat
 
 
 def check_member(path, archive, member):
@@ -157,6 +163,6 @@ def write_numpy(source, arrays, path):
         else:
             with np.load(source, allow_pickle=False) as like:
                 out = {name: like[name] for name in like.files}
-            images = [name for name, x in out.items() if x.ndim in (2, 3)]
-            out |= {name: as_type(a, out[name].dtype).reshape(out[name].shape) for name, a in zip(images, arrays)}
+            images = images_among(out)
+            out |= {name: as_type(a, x.dtype).reshape(x.shape) for (name, x), a in zip(images.items(), arrays)}
             np.savez_compressed(file, **out)
