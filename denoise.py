@@ -328,6 +328,7 @@ def denoise_files(args, held):
     ensemble = args.ensemble or (1 if args.model or args.instant else 8)
     student = distill.student(model_path, *options, ensemble, std=std) if args.model else None
     sides = [name for name, asked in dict(std=std, removed=args.removed, noise=args.noise_map_out).items() if asked]
+    sides += [f"sample{k + 1}" for k in range(args.samples)]
     jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, sides, args.bids, share)
     held.enter_context(record.lock(work, share))
     if args.noise_map:
@@ -337,9 +338,10 @@ def denoise_files(args, held):
         stages, recipe = train_on_files(args, jobs, work, problems)
         if recipe == "paper":
             asked = {"--std": std, "--noise-map-out": args.noise_map_out, "--bias-correct": args.bias_correct}
+            asked |= {"--samples": args.samples}
             without, std = [flag for flag, given in asked.items() if given], False
-            args.noise_map_out = args.bias_correct = False
-            jobs = [job._replace(sides=apply.without(job.sides, "std", "noise")) for job in jobs]
+            args.noise_map_out = args.bias_correct = args.samples = False
+            jobs = [job._replace(sides=apply.without(job.sides, "std", "noise", "sample")) for job in jobs]
             problems += [f"{name}: the recipe paper has no noise model, from which it would follow" for name in without]
         student = distill.student(model_path, *options, ensemble, std=std)
     law = json.loads((work / stages.noise_file).read_text()) if stages and recipe != "paper" else student.noise_model
@@ -347,7 +349,9 @@ def denoise_files(args, held):
         raise ValueError(f"--noise-map-out: {args.model} knows no noise model")
     if args.bias_correct and not (law and law.get("air")):
         raise ValueError("--bias-correct: the noise model knows no air: no magnitude images, or none without signal")
-    evaluate.equip(student, law, args.noise_map_out, args.bias_correct)
+    if args.samples and not student.noise_model:
+        raise ValueError(f"--samples: {model_path} knows no noise model")
+    evaluate.equip(student, law, args.noise_map_out, args.bias_correct, args.samples)
     if args.noise_map:
         gains = files.given_map(args.noise_map)
         student.noise_map = lambda volume: gains(volume.shape)
@@ -390,6 +394,7 @@ def main(argv=None):
     training.context_flag(p)
     p.add_argument("--ensemble", type=int, choices=(1, 8), help="mean over 8 symmetries (default 8; 1 with --model)")
     p.add_argument("--std", action="store_true", help="write the uncertainty beside each file, as <name>_std")
+    p.add_argument("--samples", type=runtime.positive, default=0, metavar="N", help="write N possible clean images")
     p.add_argument("--bias-correct", action="store_true", help="magnitude images: take off what noise adds where dark")
     p.add_argument("--removed", action="store_true", help="write noisy - denoised beside each file, as <name>_removed")
     p.add_argument("--noise-map", metavar="FILE", help="image of the noise's deviation, instead of a measured map")
@@ -405,8 +410,8 @@ def main(argv=None):
     args = p.parse_args(argv)
     if bool(args.inputs) + bool(args.data) + args.demo != 1:
         raise ValueError("give image files or folders, or --data, or --demo")
-    named = ["model", "std", "removed", "noise_map", "noise_map_out", "bias_correct", "bids", "share", "json"]
-    named += ["with_names", "force", "key", "acquisition", "ensemble", "memory"]
+    named = ["model", "std", "samples", "removed", "noise_map", "noise_map_out", "bias_correct", "bids", "share"]
+    named += ["json", "with_names", "force", "key", "acquisition", "ensemble", "memory"]
     given = [f"--{name}".replace("_", "-") for name in named if getattr(args, name)]
     if given and not args.inputs:
         raise ValueError(f"{', '.join(given)}: these are for image files alone")

@@ -254,12 +254,10 @@ def read_training_set(args, noise_model):
     path = args.pred if noise_model else args.target
     if not path:
         return [noisy], inputs
-    if path == "clean":
-        target = data.read_volumes(args.data, "clean", "train")
-    else:
-        target = data.read_matching(path, args.data, split="train")
-    inputs["pred" if noise_model else "target"] = {name: data.fingerprint(x) for name, x in target.items()}
-    return [{name: noisy[name] for name in target}, target], inputs
+    clean = path == "clean"
+    goal = data.read_volumes(args.data, path, "train") if clean else data.read_matching(path, args.data, split="train")
+    inputs["pred" if noise_model else "target"] = {name: data.fingerprint(x) for name, x in goal.items()}
+    return [{name: noisy[name] for name in goal}, goal], inputs
 
 
 def load_noise_model(args, checkpoint):
@@ -336,7 +334,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
     ensemble: 8 for the mean over noise.symmetries. Large images go in tiles: a run takes about `memory` bytes beside
     its start. told: (noise model, {name: (S,H,W) noisy}), for a network of weights/. std: (B,2,H,W), with
     noise.deviation, nine times as slow. Attributes: context k, noise_model, once (itself without ensemble and std),
-    beside and planes (planes.equip). Raises ValueError for one that must be told the noise.
+    draw (noise.posterior_samples), alone, beside, planes (planes.equip). Raises ValueError for one not told the noise.
     """
     device = runtime.pick_device(device)
     network, checkpoint = training.load_network(build_network, path, "distill", device)
@@ -372,6 +370,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
         return torch.cat([x, noise.deviation(known, once, y, x, rngs)], 1) if std else x
 
     denoise.context = once.context = arguments.get("context", 0)
+    denoise.draw = lambda y, x, rng, n: noise.posterior_samples(known, denoise.alone, y, x, rng, n)
     denoise.noise_model, denoise.once = known, once
     planes.equip(denoise, across, checkpoint["extra"].get("planes", 0), memory)
     return denoise
@@ -399,12 +398,12 @@ def predict(args, noisy):
 
 def write_samples(args, denoise, noisy):
     """Writes the student's output and args.samples of noise.posterior_samples of each volume to args.out."""
-    law, once = denoise.noise_model, lambda y: planes.across(denoise.once, y, 0, denoise.context)[0]
+    law = denoise.noise_model
     with data.write_volumes(args.out, "prediction", "distill", vars(args), like=args.data, noise=law) as add:
         for k, (name, volume) in enumerate(runtime.progress(noisy.items(), "samples")):
             y = np.asarray(volume[:], np.float32)
             (x, std), rng = planes.whole(denoise, y), runtime.step_rng(args.seed or 0, k)
-            drawn = noise.posterior_samples(law, once, y, x, rng, args.samples).swapaxes(0, 1)
+            drawn = denoise.draw(y, x, rng, args.samples).swapaxes(0, 1)
             for array, v in zip(add(name, volume.shape, ["pred", "std", ("samples", args.samples)]), (x, std, drawn)):
                 array[:] = v
     print(f"distill: {len(noisy)} volumes, {args.samples} samples each -> {args.out}", flush=True)

@@ -198,11 +198,13 @@ def noise_map(denoise, volume, noise_model, most=12):
     return total if steady else np.ones_like(total)
 
 
-def equip(student, law, level=False, signal=False):
-    """Gives a student what lib/apply.py asks of it: the noise map if its noise varies, `level`, `signal`, by a law."""
+def equip(student, law, level=False, signal=False, samples=0):
+    """Gives a student what lib/apply.py asks of it, by a law: the map of noise that varies, level, signal, samples."""
     known = student.noise_model
     if known and known.get("varies"):
         student.noise_map = lambda volume: noise_map(student.once, volume, known)
+    if samples:
+        student.samples = lambda y, x: student.draw(y, x, runtime.step_rng(0), samples)
     if level:
         student.level = lambda x: np.sqrt(noise_at(x, law))
     if signal:

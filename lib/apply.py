@@ -21,13 +21,15 @@ class Denoised(NamedTuple):
     """What `denoise_volume` makes of a volume, in its own units.
 
     out: (S,H,W) of its type. std, noise: (S,H,W) float32, the deviation of what is left unknown and that of the
-    noise, 0 where the denoiser has none. gains: (S,H/8,W/8), the `noise_map` of the denoiser, or None.
+    noise, 0 where the denoiser has none. gains: (S,H/8,W/8), the `noise_map` of the denoiser, or None. samples: what
+    may have been there without the noise, each (S,H,W) float32.
     """
 
     out: np.ndarray
     std: np.ndarray
     noise: np.ndarray
     gains: np.ndarray | None
+    samples: tuple = ()
 
 
 def denoise_volume(volume, denoise):
@@ -41,6 +43,7 @@ def denoise_volume(volume, denoise):
     signal: callable, a denoised slice to what is written instead of it. beside and planes: a callable, the mapped
     volume to what the denoiser makes of it in two other planes, and their weight. made: callable, the mapped volume to
     what it is denoised (S,H,W) if that is known already, else None; not with a noise_map or a standard deviation.
+    samples: callable, mapped volume and what it is denoised to (n,S,H,W), `Denoised.samples`.
     Raises ValueError below 16x16 pixels, or for a single slice that needs neighbours.
     """
     low, high = files.finite_range(volume.slices)
@@ -62,7 +65,7 @@ def denoise_volume(volume, denoise):
     def stacked():
         return np.stack([mapped(s) / gain(s) for s in range(count)])
 
-    gains, known, others = None, None, None
+    gains, known, others, draw = None, None, None, getattr(denoise, "samples", None)
     noise_map, level, signal, made = (getattr(denoise, name, None) for name in ("noise_map", "level", "signal", "made"))
 
     def gain(s):
@@ -76,6 +79,7 @@ def denoise_volume(volume, denoise):
     if weight and known is None and volume.slices.size <= denoise.beside.most:
         others = denoise.beside(stacked())
     out = np.empty(volume.slices.shape, volume.slices.dtype)
+    means = np.empty(volume.slices.shape if draw else 0, np.float32)
     for s in range(count):
         which = crops.around(s, count, context)
         ready = {k: ready[k] if k in ready else mapped(k) / gain(k) for k in which}  # each slice is mapped once
@@ -85,6 +89,8 @@ def denoise_volume(volume, denoise):
             x, deviation = known[s], []
         if others is not None:
             x += weight * (others[s] - x)
+        if draw:
+            means[s] = x
         if level:
             levels[s] = level(x) * abs(scale) * gain(s)
         if signal:
@@ -93,7 +99,11 @@ def denoise_volume(volume, denoise):
         out[s] = formats.as_type(volume.slices[s] + change, out.dtype)
         if deviation:
             std[s] = deviation[0] * abs(scale) * gain(s)
-    return Denoised(out, std, levels, gains)
+    drawn = draw(stacked(), means) if draw else ()
+    for sample in drawn:
+        for s in range(count):
+            sample[s] = volume.slices[s] + (sample[s] - mapped(s) / gain(s)).astype(wide) * (scale * gain(s))
+    return Denoised(out, std, levels, gains, tuple(drawn))
 
 
 def entry(job, folder):
@@ -179,17 +189,20 @@ def write_sides(job, volumes, made, root, told):
     for name, path in job.sides.items():
         if name.startswith("sidecar "):
             bids_names.write_sidecar(job.item, path, root, name.partition(" ")[2], told)
+        elif name.startswith("sample"):  # of a constant volume there is one alone
+            arrays = [one.samples[int(name[6:]) - 1] if one.samples else one.out for one in made]
+            formats.write_side(job.item, arrays, path, "image")
         elif name == "removed":
             after = formats.read(job.item._replace(files=tuple(job.paths)))
             changed = [difference(a.slices, b.slices, a.outside) for a, b in zip(volumes, after)]
-            formats.write_side(job.item, changed, path, signed=True)
+            formats.write_side(job.item, changed, path, "difference")
         else:
             formats.write_side(job.item, [getattr(one, name) for one in made], path)
 
 
 def without(sides, *names):
     """The sides of a job but for some, and for the JSON files of these."""
-    return {key: path for key, path in sides.items() if key.removeprefix("sidecar ") not in names}
+    return {key: path for key, path in sides.items() if key.removeprefix("sidecar ").rstrip("0123456789") not in names}
 
 
 def difference(a, b, outside=None):

@@ -33,11 +33,12 @@ def across(denoise, volume, axis, context, batch=4):
 
 
 def equip(denoise, across_axis, weight, memory):
-    """Gives a student (distill.py) the attributes `beside` and `planes`.
+    """Gives a student (distill.py) the attributes `alone`, `beside` and `planes`.
 
-    across_axis: an axis of the volume, 1 or 2, to the denoiser of slices across it, whose noise lies as `turned` says.
-    planes: how much the other planes count, `weight`, 0 if it sees no neighbours. beside: the mean of a volume (S,H,W)
-    denoised in both of them, (S,H,W) float32, or None above `beside.most` voxels, so that it takes no more `memory`.
+    across_axis: an axis of the volume to the denoiser of slices across it, whose noise lies as `turned` says. alone: a
+    volume (S,H,W) denoised in its own plane by one evaluation a slice. planes: how much the other planes count,
+    `weight`, 0 if it sees no neighbours. beside: the mean of a volume (S,H,W) denoised in both of them, (S,H,W)
+    float32, or None above `beside.most` voxels, so that it takes no more `memory`.
     """
 
     def beside(volume):
@@ -46,6 +47,7 @@ def equip(denoise, across_axis, weight, memory):
         volume = np.asarray(volume[:], np.float32)
         return sum(across(across_axis(axis), volume, axis, denoise.context)[0] for axis in (1, 2)) / 2
 
+    denoise.alone = lambda volume: across(across_axis(0), volume, 0, denoise.context)[0]
     beside.most = memory // BYTES
     denoise.beside, denoise.planes = beside, weight if denoise.context else 0
 
@@ -106,16 +108,12 @@ def find_weight(denoise, volumes, draw, variance):
 
     denoise: a student (distill.py). draw: (x, generator, y) to fresh noise; variance: (x, y) to `s2` of `weigh`.
     """
-
-    def single(y):
-        return across(denoise, y, 0, denoise.context)[0]
-
     found, some = [], [v for v in volumes.values() if len(v) > 2 * denoise.context]
     for volume in some[:: max(len(some) - 1, 1)]:
         y = block(volume)
-        x = single(y)
+        x = denoise.alone(y)
         z = draw(x, np.random.default_rng([len(found), 1]), y)
-        found.append(weigh(single, denoise.beside, y, z, variance(x, y)))
+        found.append(weigh(denoise.alone, denoise.beside, y, z, variance(x, y)))
     found = [terms for terms in found if terms[3]]
     return best_weight(found) if found else (0.0, 1.0, 1.0)
 

@@ -2,8 +2,10 @@
 
 import json
 
+import nibabel
 import numpy as np
 import pytest
+import tifffile
 from conftest import ellipses, ok, run
 
 import data
@@ -194,3 +196,20 @@ def test_refused_before_it_trains(scans):
         done = run(*stage.split(), *"--data train.h5 --split val --model no.pt --out no.h5".split(), cwd=scans)
         assert done.returncode == 2 and "train.h5 has no volume of split 'val'" in done.stderr
         assert not list(scans.glob("no.*"))
+
+
+def test_samples_beside_the_files(scans):
+    """Pairs whose mean is the denoised image, in its units, with detail of their own; not of the recipe paper."""
+    ok("denoise", "in", "--instant", "--samples", 2, "--out", "drawn", cwd=scans)
+    x, *pair = np.load(scans / "drawn/a.npy"), *(tifffile.imread(scans / f"drawn/a.npy_sample{k}.tif") for k in (1, 2))
+    np.testing.assert_allclose(sum(pair) / 2, x, atol=0.1)
+    assert 5 < np.std(pair[0] - x) < 50  # the noise has 50
+    image = nibabel.Nifti1Image(np.load(scans / "in/a.npy").T.astype(np.int16), np.eye(4))
+    image.header.set_slope_inter(-0.5, 300)
+    nibabel.save(image, scans / "scaled.nii.gz")
+    student = "drawn/diffdenoise/student.pt"
+    ok("denoise", "scaled.nii.gz", "--samples", 2, "--model", student, "--out", "nifti", cwd=scans)
+    names = ["scaled.nii.gz", *(f"scaled.nii.gz_sample{k}.nii" for k in (1, 2))]
+    x, *pair = (nibabel.load(scans / "nifti" / name).get_fdata() for name in names)
+    np.testing.assert_allclose(sum(pair) / 2, x, atol=0.5)
+    assert x.mean() < 300 and np.std(pair[0] - x) > 2

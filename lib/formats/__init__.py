@@ -157,14 +157,14 @@ def side_path(item, paths, name):
     return paths[0].with_name(f"{paths[0].name}_{name}{'.nii' if item.kind == 'nifti' else '.tif'}")
 
 
-def write_side(item, arrays, path, signed=False):
-    """Writes deviations or differences [(S,H,W)], in the order and units of `read`, to `side_path` as float32.
+def write_side(item, arrays, path, what="deviation"):
+    """Writes numbers [(S,H,W)], in the order and units of `read`, to `side_path` as float32.
 
-    As NIfTI for NIfTI, in the units that viewers show; else as TIFF, in stored numbers. signed: whether the sign of the
-    NIfTI scale factor belongs to them, as to differences; deviations stay positive.
+    As NIfTI for NIfTI, in the units that viewers show; else as TIFF, in stored numbers. what: they are, "deviation",
+    "difference" or "image": the scale factor of a NIfTI may be negative, and adds a constant to images alone.
     """
     with room(path, arrays):
-        module_of("nifti" if item.kind == "nifti" else "tiff").write_side(item, arrays, path, signed)
+        module_of("nifti" if item.kind == "nifti" else "tiff").write_side(item, arrays, path, what)
 
 
 def brain():

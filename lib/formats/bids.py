@@ -22,6 +22,7 @@ SAYS = {  # Description of each derivative
     "removed": "What was taken away: noisy less denoised",
     "std": "Standard deviation of what is left unknown",
     "noise": "Standard deviation of the noise",
+    "sample": "One of several clean images that are as likely as each other",
 }
 
 
@@ -92,7 +93,7 @@ def write_sidecar(item, path, root, what, told):
     source = item.files[0]
     link = links([item], root)
     uri = f"bids:{next(iter(link))}:{source.resolve().relative_to(root_of(source.resolve())).as_posix()}"
-    own = {"Description": SAYS.get(what, what), "Sources": [uri], **told}
+    own = {"Description": SAYS.get(what.rstrip("0123456789"), what), "Sources": [uri], **told}
     write_json(path, {"SkullStripped": False, **metadata(source), **own})
 
 

@@ -77,10 +77,11 @@ def write(item, arrays, paths, method):
             file.close()
 
 
-def write_side(item, arrays, path, signed):
-    """Writes deviations, or `signed` differences, as float32, multiplied by the scale factor: in units viewers show."""
+def write_side(item, arrays, path, what):
+    """Writes a deviation, difference or image (`what`) as float32, scaled as the header says: in units viewers show."""
     like = nibabel.load(item.files[0])
-    values = from_volumes(arrays, like) * (like.dataobj.slope if signed else abs(like.dataobj.slope))
+    slope, constant = like.dataobj.slope, like.dataobj.inter if what == "image" else 0
+    values = from_volumes(arrays, like) * (abs(slope) if what == "deviation" else slope) + constant
     header = like.header.copy()
     header.set_data_dtype(np.float32)
     header.set_slope_inter(1, 0)

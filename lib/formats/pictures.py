@@ -22,8 +22,8 @@ def write(item, arrays, paths, method):
     {"tiff": write_tiff, "picture": write_picture, "numpy": write_numpy}[item.kind](item.files[0], arrays, paths[0])
 
 
-def write_side(item, arrays, path, signed):
-    """Writes deviations or differences as a float32 TIFF stack; of arrays that differ in size, only the first."""
+def write_side(item, arrays, path, what):
+    """Writes numbers of any kind as a float32 TIFF stack; of arrays that differ in size, only the first."""
     values = np.concatenate(arrays) if len({a.shape[1:] for a in arrays}) == 1 else arrays[0]
     with atomic_write(path) as temporary:
         tifffile.imwrite(temporary, values.astype(np.float32), photometric="minisblack")
