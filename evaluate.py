@@ -192,7 +192,7 @@ def noise_map(denoise, volume, noise_model, most=12):
         else:
             found = np.concatenate([found_gain(noise_model, *look(s)) for s in chosen])
         total *= interp1d(chosen, found, axis=0)(np.arange(count)) if count > 1 else found
-        if np.log(found).std() < 0.05:
+        if np.square(np.log(found)).mean() ** 0.5 < 0.05:
             break
     steady = 0.75 < np.median(found) < 1.33  # else it was no noise that was taken off more and more
     return total if steady else np.ones_like(total)

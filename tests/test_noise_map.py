@@ -92,6 +92,26 @@ def test_divide_and_multiply(tmp_path):
     assert noise.parse_noise_model(str(tmp_path / "law.json"))["varies"]
 
 
+def test_volumes_of_other_levels(tmp_path):
+    """Alike all over, but 2.5 times as strong as told: the map says so. Together, two volumes are as each by itself."""
+    x, *_ = uneven()
+    noisy = {
+        k: (x + k * LEVEL * np.random.default_rng(3).standard_normal(x.shape)).astype(np.float32) for k in (1, 2.5)
+    }
+    model = noise.known("gaussian", LEVEL)
+    told = distill.student("weights/volumes.pt", told=(model, {"": x}))
+    assert np.median(evaluate.noise_map(told.once, noisy[2.5], model)) == pytest.approx(2.5, rel=0.12)
+    for folder, which in (("one", [1]), ("other", [2.5]), ("both", [1, 2.5])):
+        (tmp_path / folder).mkdir()
+        for k in which:
+            np.save(tmp_path / folder / f"{k}.npy", noisy[k])
+        ok("denoise", folder, "--instant", "--out", f"{folder}_out", cwd=tmp_path)
+    for folder, k in (("one", 1), ("other", 2.5)):
+        off = [np.load(tmp_path / f"{name}_out/{k}.npy") - x for name in (folder, "both")]
+        alone, together = (-10 * np.log10(np.square(o).mean()) for o in off)
+        assert together > alone - 0.4
+
+
 def test_denoise_divides(tmp_path):
     """Folder and dataset: the map is used, for new files as well, and pays at least 0.5 dB."""
     x, y, g = uneven()
