@@ -20,8 +20,7 @@ It runs the stages one after the other and prints, before each, the command that
               noise is stronger in some places, or volumes, than in others, images are first divided by a map of it
     scratch   a new student by recorruption; the noise is measured with a blind-spot network and the posterior update
     paper     blind-spot network, diffusion, SRDS, student of the SRDS mean: Demir, Liu et al.; needs no noise model
-    auto      (default) tuned; paper if the images were stored as JPEG, for which no noise model holds; scratch for a
-              --context other than 0 and 2
+    auto      (default) tuned; scratch for a --context other than 0 and 2
 
 --rounds N repeats scratch or paper from its own result (the paper's Table 4): the denoised images are the next round's
 condition, or the prediction with which the noise is measured again.
@@ -101,15 +100,16 @@ def tuned_recipe(stages):
 
     best.json has the estimated PSNR of each. Returns (images, student) as the others.
     """
-    few, instant = ["--ensemble", 1], getattr(stages.args, "instant", False)
-    as_they_came = stages.data
+    few, as_they_came = ["--ensemble", 1] if getattr(stages.args, "instant", False) else [], stages.data
     first = look(stages)
     if even_out(stages, first):
         first = look(stages, "_even")
-    measure_noise(stages, "noise.json", "--pred", stages.path(f"{first}_out.h5"))
+    jpeg = measure_noise(stages, "noise.json", "--pred", stages.path(f"{first}_out.h5"))["compressed"]
     start, known = stages.path(f"{first}.pt"), stages.path("noise.json")
     students = {"shipped network": start}
-    if not instant:
+    if jpeg and not few:
+        print("denoise: the images were stored as JPEG: no noise model holds, from which to learn: the shipped network")
+    if not (jpeg or few):
         steps = max(1, round(stages.args.effort * TUNING_STEPS))
         flags = ["--planes", "--pred", stages.path(f"{first}_out.h5"), "--lr", TUNING_RATE]
         learn(stages, start, known, steps, *flags, name="tuned")
@@ -123,12 +123,12 @@ def tuned_recipe(stages):
     images, student = "tuned_out.h5", "tuned.pt"
     if best != "tuned network":
         law, also = ("none", []) if best == "noisy" else (known, ["--planes"])
-        learn(stages, start, law, 0, *also, *(few if instant else []), name="shipped")
+        learn(stages, start, law, 0, *also, *few, name="shipped")
         images, student = "shipped_out.h5", "shipped.pt"
     law = noise.parse_noise_model(known)
     if best != "noisy" and (off := evaluate.correlation_error(stages.data[1], stages.path(images), law)) > LAWLESS:
         print(f"denoise: no, the images as they are: what was removed is not correlated as noise is (off by {off:.2f})")
-        learn(stages, start, "none", 0, *(few if instant else []), name="untouched")
+        learn(stages, start, "none", 0, *few, name="untouched")
         best, images, student = "noisy", "untouched_out.h5", "untouched.pt"
     evaluate.write_json({name: one | {"kept": name == best} for name, one in found.items()}, stages.path("best.json"))
     if stages.data != as_they_came:
@@ -262,14 +262,13 @@ def choose_recipe(stages, recipe):
     auto, other = recipe == "auto", getattr(stages.args, "context", "auto") not in ("auto", *WEIGHTS)
     none = f": weights/ has networks of context {' and '.join(map(str, WEIGHTS))}" if other else ""
     if auto:
-        jpeg = measure_noise(stages, "noise_first.json")["compressed"]
-        recipe, why = ("paper", ": the images were stored as JPEG") if jpeg else ("scratch" if other else "tuned", none)
-        print(f"denoise: recipe {recipe}{why}", flush=True)
+        recipe = "scratch" if other else "tuned"
+        print(f"denoise: recipe {recipe}{none}", flush=True)
     elif recipe == "tuned" and other:
         raise ValueError(f"--recipe tuned --context {stages.args.context}{none}")
     for flag in ("instant", "noise_map") if auto and recipe != "tuned" else ():
         if getattr(stages.args, flag, None):
-            raise ValueError(f"--{flag.replace('_', '-')} is for the recipe tuned, not {recipe}{why}")
+            raise ValueError(f"--{flag.replace('_', '-')} is for the recipe tuned, not {recipe}{none}")
     return recipe
 
 
@@ -336,13 +335,6 @@ def denoise_files(args, held):
     if not args.model:
         apply.check_room(jobs, work, args.force)
         stages, recipe = train_on_files(args, jobs, work, problems)
-        if recipe == "paper":
-            asked = {"--std": std, "--noise-map-out": args.noise_map_out, "--bias-correct": args.bias_correct}
-            asked |= {"--samples": args.samples}
-            without, std = [flag for flag, given in asked.items() if given], False
-            args.noise_map_out = args.bias_correct = args.samples = False
-            jobs = [job._replace(sides=apply.without(job.sides, "std", "noise", "sample")) for job in jobs]
-            problems += [f"{name}: the recipe paper has no noise model, from which it would follow" for name in without]
         student = distill.student(model_path, *options, ensemble, std=std)
     law = json.loads((work / stages.noise_file).read_text()) if stages and recipe != "paper" else student.noise_model
     if args.noise_map_out and args.model and not law:
@@ -355,7 +347,7 @@ def denoise_files(args, held):
     if args.noise_map:
         gains = files.given_map(args.noise_map)
         student.noise_map = lambda volume: gains(volume.shape)
-    if stages and not std and not hasattr(student, "noise_map") and ensemble == (1 if args.instant else 8):
+    if stages and not std and stages.judged == "denoised.h5" and ensemble == (1 if args.instant else 8):
         student.made = data.by_content(stages.path("denoised.h5"), stages.data[1])
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}, ensemble of {ensemble}"
     method += ", bias corrected" if args.bias_correct else ""
@@ -419,6 +411,9 @@ def main(argv=None):
         raise ValueError("--instant is for the recipe tuned, without --model")
     if args.noise_map and args.recipe not in ("auto", "tuned"):
         raise ValueError("--noise-map is for the recipe tuned")
+    lawless = ("std", "samples", "noise_map_out", "bias_correct") if args.recipe == "paper" else ()
+    if asked := [f"--{name}".replace("_", "-") for name in lawless if getattr(args, name)]:
+        raise ValueError(f"{', '.join(asked)}: the recipe paper has no noise model, from which it would follow")
     if not 0 < args.effort < float("inf"):
         raise ValueError(f"--effort {args.effort:g} is not a positive number")
     given = [f"--{n}" for n in ("recipe", "rounds", "effort", "context") if getattr(args, n) != p.get_default(n)]

@@ -56,7 +56,7 @@ def flattest_spectrum(power, structure, bin_of, weight, faint=0.0):
         if len(i) >= max(100, 0.01 * len(bin_of)):  # few blocks alike by chance must not decide
             count, own = max(30, int(FLATTEST * len(i))), structure[i] / weight
             if faint:
-                count = flat_enough(power[i] / weight, own, low, low, count, faint)
+                count = flat_enough(power[i] / weight, own, low, count, faint)
             found = flattest(power[i], own, low, count) / np.maximum(white, 0.05)
             level = max((found / weight)[high].mean(), 1e-12)
             rows.append((count, len(i), level, (found / weight)[low].mean() / level, found / level))
@@ -145,8 +145,6 @@ def measure_levels(images, correlation, means=None):
         i = np.flatnonzero(bin_of == k)
         if len(i) >= 100:
             count = max(20, int(0.05 * len(i)))
-            if means is not None:
-                count = flat_enough(power[i], structure[i], among, high, count, FAINT)
             flat = flattest(power[i], structure[i], among, count)[high]
             found = level_of(flat, power[i][:, high].mean(0))
             chosen = i[np.argsort(structure[i][:, among].sum(1))[:count]]

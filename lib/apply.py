@@ -200,11 +200,6 @@ def write_sides(job, volumes, made, root, told):
             formats.write_side(job.item, [getattr(one, name) for one in made], path)
 
 
-def without(sides, *names):
-    """The sides of a job but for some, and for the JSON files of these."""
-    return {key: path for key, path in sides.items() if key.removeprefix("sidecar ").rstrip("0123456789") not in names}
-
-
 def difference(a, b, outside=None):
     """a - b (S,H,W) as float32, computed in double precision; 0 where it is not finite, and `outside`."""
     out = np.empty(a.shape, np.float32)

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import tifffile
 from conftest import ellipses, ok, run
+from PIL import Image
+from test_measure import phantom
 
 import data
 import denoise
@@ -68,26 +70,16 @@ def test_noise_that_differs_along_rows_and_columns_is_not_turned(scans, monkeypa
 
 def test_options_that_do_not_go_together(scans):
     """One line before any training, exit code 2."""
-    jpeg = scans / "jpeg"
-    jpeg.mkdir()
     for says, flags in {
         "--recipe tuned --context 1: weights/ has networks of context 0 and 2": "in --recipe tuned --context 1",
         "--instant is for the recipe tuned, not scratch": "in --instant --context 1",
+        "--std, --samples: the recipe paper has no noise model": "in --recipe paper --std --samples 2",
         "--rounds 2 is for the recipes scratch and paper": "in --rounds 2",
         "--ensemble, --memory: these are for image files alone": "--data d.h5 --ensemble 1 --memory 1G",
     }.items():
         done = run("denoise", *flags.split(), "--out", "refused", cwd=scans)
         assert done.returncode == 2 and says in done.stderr and done.stderr.count("\n") == 1
         assert "steps in" not in done.stdout
-
-
-def test_recipe_paper_leaves_out_what_needs_a_noise_model(scans):
-    """The images are written all the same, and lines say what is not there."""
-    flags = "in --recipe paper --effort 0.002 --std --noise-map-out --bias-correct --out paper".split()
-    done = run("denoise", *flags, cwd=scans)
-    assert done.returncode == 1 and {"a.npy", "b.npy"} <= {path.name for path in (scans / "paper").iterdir()}
-    for flag in ("--std", "--noise-map-out", "--bias-correct"):
-        assert f"{flag}: the recipe paper has no noise model" in done.stdout + done.stderr
 
 
 def test_a_given_map_is_cut_as_the_volumes_are(scans, monkeypatch):
@@ -213,3 +205,25 @@ def test_samples_beside_the_files(scans):
     x, *pair = (nibabel.load(scans / "nifti" / name).get_fdata() for name in names)
     np.testing.assert_allclose(sum(pair) / 2, x, atol=0.5)
     assert x.mean() < 300 and np.std(pair[0] - x) > 2
+
+
+def test_images_stored_as_jpeg(tmp_path):
+    """No noise model holds for them, from which to learn: the shipped network denoises them, and nothing is trained."""
+    rng = np.random.default_rng(1)
+    (tmp_path / "in").mkdir()
+    for k, image in enumerate(phantom(6, 256)):
+        y = np.clip(255 * image + 9 * rng.standard_normal(image.shape), 0, 255).astype(np.uint8)
+        Image.fromarray(y).save(tmp_path / f"in/{k}.jpg", quality=75)
+    done = ok("denoise", "in", "--out", "out", cwd=tmp_path)
+    assert "stored as JPEG: no noise model holds" in done.stdout and (tmp_path / "out/3.jpg.png").exists()
+    assert not (tmp_path / "out/diffdenoise/tuned.pt").exists()
+
+
+def test_left_alone_after_dividing(scans, monkeypatch):
+    """Images whose noise was found to be uneven, but which no network may touch, come out as they came."""
+    monkeypatch.setattr(denoise, "LAWLESS", -1)
+    monkeypatch.setattr(denoise, "UNEVEN", {0: 0.0, 2: 0.0})
+    done = ok("denoise", "in", "--instant", "--out", "alone", cwd=scans)
+    assert "divided by its map" in done.stdout and "images as they are" in done.stdout
+    for name in "ab":
+        np.testing.assert_array_equal(np.load(scans / f"alone/{name}.npy"), np.load(scans / f"in/{name}.npy"))
