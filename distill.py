@@ -349,7 +349,7 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
     network.pool_locally(crop)
     side, overlap = data.tiling(BYTES[type(network)] * arguments["width"], crop, memory)
 
-    def across(axis):
+    def across(axis, precision=precision):
         """The denoiser of slices across an axis of the volume, told how the noise lies in them."""
         laws = [network.law.clone()] if isinstance(network, ToldResUNet) else []
         if laws and axis:
@@ -370,7 +370,8 @@ def student(path, device="auto", precision="auto", memory=2 << 30, ensemble=1, t
         return torch.cat([x, noise.deviation(known, once, y, x, rngs)], 1) if std else x
 
     denoise.context = once.context = arguments.get("context", 0)
-    denoise.draw = lambda y, x, rng, n: noise.posterior_samples(known, denoise.alone, y, x, rng, n)
+    exact = lambda y: planes.across(across(0, "float32"), y, 0, once.context)[0]  # noqa: E731  bfloat16 adds noise
+    denoise.draw = lambda y, x, rng, n: noise.posterior_samples(known, exact, y, x, rng, n)
     denoise.noise_model, denoise.once = known, once
     planes.equip(denoise, across, checkpoint["extra"].get("planes", 0), memory)
     return denoise

@@ -23,22 +23,25 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.optimize import nnls
 
-from lib.blocks import (
-    FLATTEST,
-    bin_trust,
-    bins,
-    expected,
-    flat_enough,
-    flattest,
-    halves,
-    in_blocks,
-    periodogram,
-    stationary,
-    usable,
-)
+from lib.blocks import FLATTEST, bin_trust, bins, expected, flattest, halves, in_blocks, periodogram, stationary, usable
 from noise import DARK, REACH, make_noise_model, sample, variance
 
 FAINT = 0.05  # share of the noise's power that the structure of a prediction may have where the noise is measured
+
+
+def flat_enough(power, structure, among, count, faint):
+    """How many of the flattest blocks `flattest` should look at: `count`, or more if so many are flat enough.
+
+    Enough: the structure of a prediction (n,side,side) has less than the share `faint` of the power of the noise. A
+    prediction holds some of the noise, so that the very flattest of its blocks have less noise than others. The other
+    arguments are those of `flattest`.
+    """
+    _, even = halves(power.shape[-1])
+    for _ in range(2):
+        most = faint * flattest(power, structure, among, count)[among].mean()
+        flat = sum(int((structure[:, among & half].mean(1) < most).sum()) for half in (even, ~even)) // 2
+        count = max(count, flat)
+    return count
 
 
 def flattest_spectrum(power, structure, bin_of, weight, faint=0.0):

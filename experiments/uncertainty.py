@@ -114,7 +114,7 @@ def study(folder, student):
     mean_and_std, once = whole(denoise, denoise.context), whole(denoise.once, denoise.context)
 
     def draw(y, count):
-        return noise.posterior_samples(law, lambda v: once(v)[0], y, once(y)[0], np.random.default_rng(0), count)
+        return denoise.draw(y, once(y)[0], np.random.default_rng(0), count)
 
     mean, std = mean_and_std(y)
     made = folder / "uncertainty.h5"

@@ -69,21 +69,6 @@ def flattest(power, structure, among, count):
     return out
 
 
-def flat_enough(power, structure, among, count, faint):
-    """How many of the flattest blocks `flattest` should look at: `count`, or more if so many are flat enough.
-
-    Enough: the structure of a prediction (n,side,side) has less than the share `faint` of the power of the noise. A
-    prediction holds some of the noise, so that the very flattest of its blocks have less noise than others. The other
-    arguments are those of `flattest`.
-    """
-    _, even = halves(power.shape[-1])
-    for _ in range(2):
-        most = faint * flattest(power, structure, among, count)[among].mean()
-        flat = sum(int((structure[:, among & half].mean(1) < most).sum()) for half in (even, ~even)) // 2
-        count = max(count, flat)
-    return count
-
-
 def stationary(blocks):
     """Whether the noise (2x2 checker differences) is about as strong in each quarter of a block, (n,) bool."""
     half = blocks.shape[-1] // 2 - 1
