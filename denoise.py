@@ -16,8 +16,9 @@ It runs the stages one after the other and prints, before each, the command that
 
     tuned     a network of weights/, trained on synthetic volumes alone, denoises at once; with its help the noise is
               measured again, and the network goes on learning from your images by recorruption. Of the two, and of the
-              images as they are, the one of least estimated error is kept. --instant stops before the learning. Where
-              noise is stronger in some places, or volumes, than in others, images are first divided by a map of it
+              images as they are, the one of least estimated error is kept. --instant stops before the learning;
+              so does a run on images that were stored as JPEG, for which no noise model holds. Where noise is stronger
+              in some places, or volumes, than in others, images are first divided by a map of it
     scratch   a new student by recorruption; the noise is measured with a blind-spot network and the posterior update
     paper     blind-spot network, diffusion, SRDS, student of the SRDS mean: Demir, Liu et al.; needs no noise model
     auto      (default) tuned; scratch for a --context other than 0 and 2
@@ -108,7 +109,7 @@ def tuned_recipe(stages):
     start, known = stages.path(f"{first}.pt"), stages.path("noise.json")
     students = {"shipped network": start}
     if jpeg and not few:
-        print("denoise: the images were stored as JPEG: no noise model holds, from which to learn: the shipped network")
+        print("denoise: stored as JPEG: no noise model holds, from which to learn: the shipped network", flush=True)
     if not (jpeg or few):
         steps = max(1, round(stages.args.effort * TUNING_STEPS))
         flags = ["--planes", "--pred", stages.path(f"{first}_out.h5"), "--lr", TUNING_RATE]

@@ -220,6 +220,8 @@ def without_air(images):
     if not alike.any() or not 1.2 < (ratio := np.median(mean[alike] / deviation[alike])) < 12:
         return images, None
     air = [(m < 1.3 * ratio * d) & (m < 4 * low) for m, d in found]
+    if np.mean([a.mean() for a in air]) > 0.98:  # nothing but noise, or as good as: all of it is to be measured
+        return images, None
     typical = (np.median(v[np.concatenate([a.ravel() for a in air]) & varied]) for v in (mean, deviation**2))
     return [np.where(a, 0, image) for a, image in zip(air, images)], list(map(float, typical))
 

@@ -23,8 +23,7 @@ from PIL import Image
 import data
 import denoise
 import evaluate
-import noise
-from experiments import baselines, reproduce_data
+from experiments import baselines, budget, reproduce_data
 from lib import runtime
 from lib.stages import Stages
 
@@ -102,10 +101,7 @@ def main(argv=None):
     cells = {}
     for text in args.images:
         name, _, clean = text.partition("=")
-        kind, level, *blur = args.noise.split(":")
-        flags = ["--kind", kind, "--level", level, "--correlation", *(blur or ["0"]), "--seed", str(args.seed)]
-        noisy = folder / f"{name}_noisy.h5"
-        noise.main(["add", "--data", clean, *flags, "--out", str(noisy)])
+        noisy = budget.noisy_cell(folder / f"{name}_noisy", clean, args.noise, args, args.seed).data[1]
         for quality in args.quality:
             cells[f"{name}-{quality}"] = folder / f"{name}-{quality}.h5"
             write_compressed(noisy, quality, cells[f"{name}-{quality}"])

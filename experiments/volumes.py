@@ -31,7 +31,7 @@ import distill
 import evaluate
 import noise
 from experiments import baselines, classical
-from lib import planes, runtime
+from lib import runtime
 from lib.stages import Stages
 
 METHODS = ["nlm", "bm3d", "bm4d", "dipy", "ants", "instant", "tuned", "instant_told", "tuned_told"]
@@ -66,11 +66,11 @@ def estimates(stages, name, spec):
     Of one evaluation in one plane.
     """
     clean, noisy = (data.read_volumes(stages.data[1], key, "test") for key in ("clean", "noisy"))
-    once = distill.student(stages.path(f"{name}.pt")).once
-    errors = [np.square(planes.across(once, y, 0, once.context)[0] - clean[v]).ravel() for v, y in noisy.items()]
+    student = distill.student(stages.path(f"{name}.pt"))
+    errors = [np.square(student.alone(y) - clean[v]).ravel() for v, y in noisy.items()]
     found = {"pooled": -10 * np.log10(np.concatenate(errors).mean(dtype=np.float64))}
     for how, law in (("measured", stages.path("noise.json")), ("told", spec)):
-        found[how] = evaluate.estimate(once, noisy, noise.parse_noise_model(law), 1000)["psnr"]
+        found[how] = evaluate.estimate(student.once, noisy, noise.parse_noise_model(law), 1000)["psnr"]
     return found
 
 

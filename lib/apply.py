@@ -71,7 +71,7 @@ def denoise_volume(volume, denoise):
     def gain(s):
         return 1 if gains is None else crops.enlarge(gains[s], volume.slices.shape[1:])
 
-    if made and volume.slices.size <= files.PIXELS:  # more than in any dataset of image files
+    if made and volume.slices.size <= files.PIXELS // 4:  # of more, a dataset of image files has parts alone
         known = made(stacked())
     elif noise_map:
         gains = noise_map(stacked())
@@ -109,9 +109,8 @@ def denoise_volume(volume, denoise):
 def entry(job, folder):
     """(all files that a job writes, its name in the log in `folder`)."""
     paths = [*job.paths, *job.sides.values()]
-    return paths, hashlib.blake2b(
-        str([p.relative_to(folder.parent) for p in paths]).encode(), digest_size=8
-    ).hexdigest()
+    name = str([path.relative_to(folder.parent) for path in paths])
+    return paths, hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
 
 
 def check_room(jobs, folder, force=False):

@@ -57,6 +57,13 @@ def test_rician_background_does_not_fool_it():
     assert np.sqrt(noise.variance(model, 0.6)) == pytest.approx(s, rel=0.06)
 
 
+def test_nothing_but_noise():
+    """Magnitudes that are noise around one value everywhere: not the air of many coils, for there is no signal."""
+    images = list(0.5 + 0.1 * np.random.default_rng(0).standard_normal((8, 200, 200)))
+    model = measure.measure(images, magnitude=True)
+    assert noise.variance(model, 0.5) == pytest.approx(0.01, rel=0.03) and model["air"] is None
+
+
 @pytest.mark.parametrize("coils", [4, 16])
 def test_many_coils(coils):
     """Root of the sum of squares: the air is no darker than 3 deviations, its noise is weaker and less correlated."""

@@ -203,3 +203,15 @@ def test_some_single_images_are_sums_as_xrays_are_and_volumes_never(monkeypatch)
     assert all(x.min() == 0 and x.max() < 1 + 1e-6 for x in xrays)
     assert abs(np.median([x.max() for x in xrays]) - 1) < 1e-6  # less where layers cancel each other
     assert levels(0, 0)[1] == 2 and levels(1, 2)[1] == 2
+
+
+def test_samples_are_drawn_in_float32(monkeypatch):
+    """bfloat16 would add noise of its own to derivatives: it is for the mean, whatever the processor has."""
+    y, law = np.random.default_rng(0).random((6, 32, 32)).astype(np.float32), noise.known("gaussian", 0.05)
+    student, plain, asked = distill.student("weights/volumes.pt", told=(law, {"": y})), runtime.autocast, []
+    monkeypatch.setattr(runtime, "autocast", lambda device, precision="auto": asked.append(precision) or plain(device))
+    student.alone(y)
+    assert set(asked) == {"auto"}
+    asked.clear()
+    student.draw(y, y, np.random.default_rng(0), 2)
+    assert set(asked) == {"float32"}
