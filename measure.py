@@ -23,52 +23,10 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, uniform_filter
 from scipy.optimize import nnls
 
-from lib.blocks import FLATTEST, bin_trust, bins, expected, flattest, halves, in_blocks, periodogram, stationary, usable
+from lib.blocks import bins, expected, flattest, flattest_spectrum, halves, in_blocks, periodogram, stationary, usable
 from noise import DARK, REACH, make_noise_model, sample, variance
 
 FAINT = 0.05  # share of the noise's power that the structure of a prediction may have where the noise is measured
-
-
-def flat_enough(power, structure, among, count, faint):
-    """How many of the flattest blocks `flattest` should look at: `count`, or more if so many are flat enough.
-
-    Enough: the structure of a prediction (n,side,side) has less than the share `faint` of the power of the noise. A
-    prediction holds some of the noise, so that the very flattest of its blocks have less noise than others. The other
-    arguments are those of `flattest`.
-    """
-    _, even = halves(power.shape[-1])
-    for _ in range(2):
-        most = faint * flattest(power, structure, among, count)[among].mean()
-        flat = sum(int((structure[:, among & half].mean(1) < most).sum()) for half in (even, ~even)) // 2
-        count = max(count, flat)
-    return count
-
-
-def flattest_spectrum(power, structure, bin_of, weight, faint=0.0):
-    """Mean power spectrum (16,16) of the flattest blocks, each bin of intensity scaled to its own level.
-
-    faint: of a prediction, all blocks count where its structure has less than this share of the noise's power at low
-    frequencies. It holds some of the noise, so that those where it is flattest have less noise than others.
-    """
-    white = expected(np.ones((1, 1)), power.shape[-1])
-    frequency = halves(power.shape[-1])[0]
-    low, high = (frequency < 0.25) & (white > 0.05), frequency >= 0.25
-    rows = []
-    for k in np.unique(bin_of):
-        i = np.flatnonzero(bin_of == k)
-        if len(i) >= max(100, 0.01 * len(bin_of)):  # few blocks alike by chance must not decide
-            count, own = max(30, int(FLATTEST * len(i))), structure[i] / weight
-            if faint:
-                count = flat_enough(power[i] / weight, own, low, count, faint)
-            found = flattest(power[i], own, low, count) / np.maximum(white, 0.05)
-            level = max((found / weight)[high].mean(), 1e-12)
-            rows.append((count, len(i), level, (found / weight)[low].mean() / level, found / level))
-    if not rows:
-        raise ValueError("too few blocks of like intensity to measure the noise: it needs about a 160x160 image")
-    *bin_facts, found = (np.array(column) for column in zip(*rows))
-    out = np.tensordot(bin_trust(*bin_facts), found, 1)
-    out[0, 0] = 0  # unknown: blocks have lost their mean
-    return (out + np.roll(out[::-1, ::-1], (1, 1), (0, 1))) / 2
 
 
 def correlation_of(power):
@@ -132,8 +90,11 @@ def level_of(flat, typical):
     return mean - min(np.clip(k - error, 0, 1) * middle, mean / 3)
 
 
-def measure_levels(images, correlation, means=None):
-    """Noise level function as points (intensity, variance, blocks, disorder), each (n,), at the high frequencies."""
+def measure_levels(images, correlation, means=None, ends=(0.5, 0.5)):
+    """Noise level function as points (intensity, variance, blocks, disorder), each (n,), at the high frequencies.
+
+    correlation: table (13,13) of the noise. ends: its `band`.
+    """
     blocks = in_blocks(images, 8)
     keep = usable(blocks)
     blocks, guide = blocks[keep], None if means is None else in_blocks(means, 8)[keep]
@@ -144,11 +105,18 @@ def measure_levels(images, correlation, means=None):
     structure, among = (power, high) if means is None else (periodogram(guide), expected(np.ones((1, 1)), 8) > 0.05)
     mean = (blocks if means is None else guide).mean((1, 2))
     bin_of, points = bins(mean, 24), []
+    lost = 1.0
+    if means is None:  # the halves of correlated noise are not quite independent: what that costs, synthetic noise says
+        law = dict(variance=[1, 0, 0], correlation=correlation, band=ends)
+        synthetic = in_blocks(sample(law, np.zeros((4, 512, 512), np.float32), np.random.default_rng(0)), 8)
+        synthetic = periodogram(synthetic) / np.maximum(expect, 1e-6)
+        lost = min(1.0, flattest(synthetic, synthetic, high, len(synthetic) // 20)[high].mean())
     for k in np.unique(bin_of):
         i = np.flatnonzero(bin_of == k)
         if len(i) >= 100:
             count = max(20, int(0.05 * len(i)))
             flat = flattest(power[i], structure[i], among, count)[high]
+            flat = flat / lost
             found = level_of(flat, power[i][:, high].mean(0))
             chosen = i[np.argsort(structure[i][:, among].sum(1))[:count]]
             disorder = np.median(power[i][:, high].mean(1)) / max(found, 1e-12)  # 1 where all blocks are flat
@@ -248,6 +216,17 @@ def band(images, dark=0.0):
     return found
 
 
+def white_within(ends, table):
+    """The correlation (13,13) of noise that is white within a `band` and absent beyond, if `table` is like that.
+
+    Such is the noise of receivers when lines of k-space are zero-filled. The ends of the band are known well, while the
+    table, measured, is off by some hundredths: structure is nowhere quite absent.
+    """
+    row, column = (np.sinc(2 * end * np.arange(-REACH, REACH + 1)) for end in ends)
+    white = np.outer(row, column)
+    return white if min(ends) < 0.5 and np.abs(white - table).max() < 0.15 else table
+
+
 def measure(images, means=None, magnitude=False):
     """The noise model of images [(H,W)], from them alone, or better with predictions `means` of the same shapes.
 
@@ -255,26 +234,26 @@ def measure(images, means=None, magnitude=False):
     are fitted to the points of both. magnitude: the images are never negative, so that they may be
     magnitudes, whose dark places are left out. Raises ValueError if they are too small or too few.
     """
-    points, tables = [], []
+    points, guides = [], [None] if means is None else [None, means]
     whole, (images, air) = images, without_air(images) if magnitude else (images, None)
     dark = DARK * air[0] if air else 0.0
+    ends = band(whole, dark or -np.inf)
 
     def loud(model):
         return np.mean([variance(model, image).mean() for image in images])
 
-    for guide in [None] if means is None else [None, means]:
-        correlation = measure_correlation(images, guide)
-        found = measure_levels(images, correlation, guide)
+    tables = [measure_correlation(images, guide) for guide in guides]
+    for guide, table in zip(guides, tables):
+        found = measure_levels(images, white_within(ends, table), guide, ends)
         above = found[0] > np.maximum(3 * np.sqrt(found[1]), dark)
         points.append(found[:, above] if magnitude and above.any() else found)
-        tables.append(correlation)
     level = fit_levels(*np.concatenate(points, 1))
-    model = make_noise_model(level, min(tables, key=lambda table: np.abs(table).sum()))
+    model = make_noise_model(level, white_within(ends, min(tables, key=lambda table: np.abs(table).sum())))
     if air and loud(model) > 4 * variance(model, np.array(air[0])):
         # Poisson or Gamma noise, whose dark places look like the air of several coils: with and without them
         return min(model | dict(band=band(whole)), measure(whole, means), key=loud)
     dark = max(dark, 3 * level[0] ** 0.5) if magnitude else 0.0
-    return model | dict(air=air, dark=dark, band=band(whole, dark or -np.inf))
+    return model | dict(air=air, dark=dark, band=ends)
 
 
 # ---------------------------------------------------------------------------------------------------------------

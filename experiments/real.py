@@ -205,7 +205,7 @@ def told_method(stages, method, told):
 
 def write_gains(law, noise_model, dataset, out):
     """Writes `gain`: the true standard deviation of SIGMA.h5 in units of that of the noise model, a constant."""
-    sigma, level = data.read_matching(law, dataset, "sigma"), float(noise.variance(noise_model, np.zeros(1))[0]) ** 0.5
+    sigma, level = data.read_matching(law, dataset, "sigma"), noise_model["variance"][0] ** 0.5
     with data.write_volumes(out, "prediction", "scanner", {}, like=dataset) as new_volume:
         for name, volume in sigma.items():
             (kept,) = new_volume(name, volume.shape, ["gain"])

@@ -7,7 +7,8 @@
           FOLDER/TRUTH.h5           a dataset: `noisy` the first repetition's magnitude, `clean` the same without noise
           FOLDER/SIGMA.h5           of these volumes, in the units of `noisy`: `std` of the magnitude, its mean `pred`,
                                     and `sigma`, that of the Gaussian noise beneath it
-          FOLDER/noise.json         the noise model in the head (noise.py): mean variance, correlation
+          FOLDER/noise.json         the noise model (noise.py) of images divided by `sigma` and multiplied by its mean
+                                    in the head: variance, correlation, the empty band and the law of the air
 
     python -m experiments.scanner --data clean.h5 --out m4raw/
     python -m experiments.scanner --data clean.h5 --format fastmri --level 4/255 --out fastmri/
@@ -193,6 +194,24 @@ def background(signal, cov, direction=None):
     return dict(pred=mean, std=std, sigma=np.sqrt(along / 2))
 
 
+def noise_model(level, mask, through, scans):
+    """The noise model of scans whose `sigma` is `level` everywhere, or was divided by sigma / level.
+
+    mask (w,): the k-space lines acquired. through: correlation one and two slices away. scans: [(clean, law)] as
+    `background` says, in the units of the images; places where `clean` is below a third of sigma are air.
+    """
+    air = [clean < law["sigma"] / 3 for clean, law in scans]
+    mean, std = (
+        level * np.concatenate([(law[key] / law["sigma"])[here] for here, (_, law) in zip(air, scans)])
+        for key in ("pred", "std")
+    )
+    air = [float(np.median(mean)), float(np.median(std)) ** 2] if mean.size else None
+    lines = np.flatnonzero(mask) - len(mask) // 2
+    end = [0.5, min(0.5, np.abs(lines).max() / len(mask))]
+    dark = max(3 * level, noise.DARK * air[0] if air else 0)
+    return noise.make_noise_model([level**2, 0, 0], correlation(mask), through=through, dark=dark, air=air, band=end)
+
+
 def correlation(mask):
     """The correlation (13,13) of the noise in tissue, if the k-space lines `mask` (w,) were acquired."""
     w, reach = len(mask), noise.REACH
@@ -350,18 +369,18 @@ def main(argv=None):
             values = ((noisy - low) / (high - low)).astype(np.float32)
             attrs = dict(split=split, scale=high - low, offset=low, source=f"{args.data}: {name}")
             made = add_truth(title, x.shape, ["noisy", "clean"], **attrs, fingerprint=data.fingerprint(values))
-            made[0][:], made[1][:] = values, (clean - low) / (high - low)
+            clean = (clean - low) / (high - low)
+            made[0][:], made[1][:] = values, clean
             law = {key: ((v - (low if key == "pred" else 0)) / (high - low)).astype("f4") for key, v in law.items()}
-            scanned.append((title, law))
+            scanned.append((title, clean, law))
             powers.append(np.square(law["sigma"])[clean > HEAD * clean.max()].mean())
     with data.write_volumes(sigma, "prediction", "scanner", vars(args), like=truth) as add:
-        for title, law in scanned:
+        for title, _, law in scanned:
             for array, values in zip(add(title, law["std"].shape, list(law)), law.values()):
                 array[:] = values
-    table = correlation(acquired(x.shape[-1], args.lines, 2 if args.format == "fastmri" else 1))
-    w = shares(args.through)
+    mask, w = acquired(x.shape[-1], args.lines, 2 if args.format == "fastmri" else 1), shares(args.through)
     through = [w[0] * w.get(1, 0) * 2, w.get(1, 0) ** 2]
-    model = noise.make_noise_model([float(np.mean(powers)), 0, 0], table, through=through)
+    model = noise_model(float(np.mean(powers)) ** 0.5, mask, through, [pair for _, *pair in scanned])
     with runtime.atomic_write(folder / "noise.json") as temporary:
         temporary.write_text(json.dumps(model) + "\n")
     count = len(images) * args.repetitions

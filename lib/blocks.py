@@ -69,6 +69,48 @@ def flattest(power, structure, among, count):
     return out
 
 
+def flat_enough(power, structure, among, count, faint):
+    """How many of the flattest blocks `flattest` should look at: `count`, or more if so many are flat enough.
+
+    Enough: the structure of a prediction (n,side,side) has less than the share `faint` of the power of the noise. A
+    prediction holds some of the noise, so that the very flattest of its blocks have less noise than others. The other
+    arguments are those of `flattest`.
+    """
+    _, even = halves(power.shape[-1])
+    for _ in range(2):
+        most = faint * flattest(power, structure, among, count)[among].mean()
+        flat = sum(int((structure[:, among & half].mean(1) < most).sum()) for half in (even, ~even)) // 2
+        count = max(count, flat)
+    return count
+
+
+def flattest_spectrum(power, structure, bin_of, weight, faint=0.0):
+    """Mean power spectrum (16,16) of the flattest blocks, each bin of intensity scaled to its own level.
+
+    faint: of a prediction, all blocks count where its structure has less than this share of the noise's power at low
+    frequencies. It holds some of the noise, so that those where it is flattest have less noise than others.
+    """
+    white = expected(np.ones((1, 1)), power.shape[-1])
+    frequency = halves(power.shape[-1])[0]
+    low, high = (frequency < 0.25) & (white > 0.05), frequency >= 0.25
+    rows = []
+    for k in np.unique(bin_of):
+        i = np.flatnonzero(bin_of == k)
+        if len(i) >= max(100, 0.01 * len(bin_of)):  # few blocks alike by chance must not decide
+            count, own = max(30, int(FLATTEST * len(i))), structure[i] / weight
+            if faint:
+                count = flat_enough(power[i] / weight, own, low, count, faint)
+            found = flattest(power[i], own, low, count) / np.maximum(white, 0.05)
+            level = max((found / weight)[high].mean(), 1e-12)
+            rows.append((count, len(i), level, (found / weight)[low].mean() / level, found / level))
+    if not rows:
+        raise ValueError("too few blocks of like intensity to measure the noise: it needs about a 160x160 image")
+    *bin_facts, found = (np.array(column) for column in zip(*rows))
+    out = np.tensordot(bin_trust(*bin_facts), found, 1)
+    out[0, 0] = 0  # unknown: blocks have lost their mean
+    return (out + np.roll(out[::-1, ::-1], (1, 1), (0, 1))) / 2
+
+
 def stationary(blocks):
     """Whether the noise (2x2 checker differences) is about as strong in each quarter of a block, (n,) bool."""
     half = blocks.shape[-1] // 2 - 1

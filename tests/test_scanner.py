@@ -69,6 +69,18 @@ def test_correlation_in_tissue(scanned):
     assert table[noise.REACH, noise.REACH] == 1 and 0.2 < table[noise.REACH, noise.REACH + 1] < 0.35
 
 
+def test_the_noise_model_of_a_scan(scanned):
+    """Divided by sigma: air has the mean and variance that the model says, tissue its variance; dark is above the air."""
+    noisy, clean, law, mask = scanned
+    model = scanner.noise_model(0.02, mask, [0, 0], [(clean, law)])
+    even, air, bright = 0.02 * noisy / law["sigma"], clean < law["sigma"] / 3, clean > 8 * law["sigma"]
+    assert model["variance"] == pytest.approx([np.var(even, axis=0)[bright].mean(), 0, 0], rel=0.05)
+    assert model["air"][0] == pytest.approx(even[:, air].mean(), rel=0.05)
+    assert model["air"][1] == pytest.approx(np.var(even, axis=0)[air].mean(), rel=0.1)
+    assert model["air"][0] < model["dark"] and 0.2 < model["band"][1] < 0.5 == model["band"][0]
+    assert scanner.noise_model(0.02, mask, [0, 0], [(clean + 1, law)])["air"] is None
+
+
 def test_correlation_through_slices(scanned):
     noisy, clean, law, _ = scanned
     n = (noisy - noisy.mean(0)) / law["std"] * (60 / 59) ** 0.5
