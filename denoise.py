@@ -344,19 +344,20 @@ def denoise_files(args, held):
         raise ValueError("--bias-correct: the noise model knows no air: no magnitude images, or none without signal")
     if args.samples and not student.noise_model:
         raise ValueError(f"--samples: {model_path} knows no noise model")
-    evaluate.equip(student, law, args.noise_map_out, args.bias_correct, args.samples)
+    wanted = evaluate.wanted(student, law, args.noise_map_out, args.bias_correct, args.samples)
     if args.noise_map:
         gains = files.given_map(args.noise_map)
-        student.noise_map = lambda volume: gains(volume.shape)
+        wanted["noise_map"] = lambda volume: gains(volume.shape)
     if stages and not std and stages.judged == "denoised.h5" and ensemble == (1 if args.instant else 8):
-        student.made = data.by_content(stages.path("denoised.h5"), stages.data[1])
+        wanted["made"] = data.by_content(stages.path("denoised.h5"), stages.data[1])
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}, ensemble of {ensemble}"
     method += ", bias corrected" if args.bias_correct else ""
     method += f", noise map {files.digest([args.noise_map])}" if args.noise_map else ""
     told = dict(Method=method, Parameters={"Ensemble": ensemble}, NoiseModel=student.noise_model)
-    tools, rows, stop = evaluate.report_tools(law, student), {}, held.enter_context(runtime.stoppable("this file"))
-    look = functools.partial(page.look, rows, tools)
-    counts = apply.denoise_files(jobs, student, method, work, problems, args.force, share, stop, tell, told, look)
+    tools, rows = evaluate.report_tools(law, student, uneven=bool(wanted["noise_map"])), {}
+    stop, look = held.enter_context(runtime.stoppable("this file")), functools.partial(page.look, rows, tools)
+    how = student, method, work, problems, apply.Wanted(**wanted)
+    counts = apply.denoise_files(jobs, *how, args.force, share, stop, tell, told, look)
     if stages and not stop:
         report(stages)
     shown = out / f"report{record.suffix(share)}.html"

@@ -198,17 +198,15 @@ def noise_map(denoise, volume, noise_model, most=12):
     return total if steady else np.ones_like(total)
 
 
-def equip(student, law, level=False, signal=False, samples=0):
-    """Gives a student what lib/apply.py asks of it, by a law: the map of noise that varies, level, signal, samples."""
+def wanted(student, law, level=False, signal=False, samples=0):
+    """What a run wants of a student beside its images, by a law (lib/apply.py): {name: callable or None}."""
     known = student.noise_model
-    if known and known.get("varies"):
-        student.noise_map = lambda volume: noise_map(student.once, volume, known)
-    if samples:
-        student.samples = lambda y, x: student.draw(y, x, runtime.step_rng(0), samples)
-    if level:
-        student.level = lambda x: np.sqrt(noise_at(x, law))
-    if signal:
-        student.signal = lambda x: posterior.signal(x, noise_at(x, law), law["air"]).astype(np.float32)
+    return dict(
+        noise_map=(lambda volume: noise_map(student.once, volume, known)) if known and known.get("varies") else None,
+        samples=(lambda y, x: student.draw(y, x, runtime.step_rng(0), samples)) if samples else None,
+        level=(lambda x: np.sqrt(noise_at(x, law))) if level else None,
+        signal=(lambda x: posterior.signal(x, noise_at(x, law), law["air"]).astype(np.float32)) if signal else None,
+    )
 
 
 def write_noise_map(args, model, noise_model):
@@ -224,8 +222,11 @@ def write_noise_map(args, model, noise_model):
                 kept[s] = data.enlarge(some / typical, volume.shape[1:])
 
 
-def report_tools(noise_model, denoise=None):
-    """What lib/report.py says of images, by a noise model and a denoiser, either of which may be None: see there."""
+def report_tools(noise_model, denoise=None, uneven=False):
+    """What lib/report.py says of images, by a noise model and a denoiser, either of which may be None: see there.
+
+    uneven: the denoiser divides images by the map of their noise.
+    """
     known = noise_model if noise_model and any(noise_model["variance"]) else None
     names = "measure rank verdict estimate gains residual spectra deviation correlation law"
     tools = dict.fromkeys(names.split()) | dict(context=getattr(denoise, "context", 0))
@@ -234,7 +235,7 @@ def report_tools(noise_model, denoise=None):
     if denoise:
         one = getattr(denoise, "once", denoise)  # of a mean over symmetries, which takes eight times as long
         tools["estimate"] = lambda stacks: estimate_stacks(one, stacks, known)
-        if hasattr(denoise, "noise_map"):
+        if uneven:
             tools["gains"] = lambda volume: noise_map(one, volume, known, most=6)
     return tools | dict(
         measure=lambda y, x: no_reference(y, x, known),

@@ -8,6 +8,7 @@ had begun to write it, or with `force`. What cannot be read or written becomes a
 import errno
 import hashlib
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -32,78 +33,105 @@ class Denoised(NamedTuple):
     samples: tuple = ()
 
 
-def denoise_volume(volume, denoise):
+class Wanted(NamedTuple):
+    """What else a run wants of a denoiser: callables on mapped slices (`Mapped`), or None.
+
+    noise_map: volume (S,H,W) to how much stronger than expected its noise is, in blocks of 8x8 pixels (S,H/8,W/8): the
+    slices are divided by it, and what comes out is multiplied by it. level: a denoised slice (H,W) to the deviation of
+    its noise. signal: a denoised slice to what is written instead of it. made: volume to what it is denoised (S,H,W) if
+    that is known already, else None; not with a noise_map or a standard deviation. samples: volume and what it is
+    denoised to (n,S,H,W), `Denoised.samples`.
+    """
+
+    noise_map: Callable | None = None
+    level: Callable | None = None
+    signal: Callable | None = None
+    made: Callable | None = None
+    samples: Callable | None = None
+
+
+NOTHING = Wanted()
+
+
+class Mapped:
+    """The slices of a formats.Volume as denoisers see them: about [0,1], 0 where not finite, divided by `gains`.
+
+    low, high: the finite range of its numbers. gains: (S,H/8,W/8) of `Wanted.noise_map`, or None.
+    """
+
+    def __init__(self, volume, low, high):
+        self.stored, self.gains = volume.slices, None
+        self.scale, self.offset = files.scaling(volume, low, high)
+
+    def gain(self, s):
+        return 1 if self.gains is None else crops.enlarge(self.gains[s], self.stored.shape[1:])
+
+    def __getitem__(self, s):
+        y = files.mapped(self.stored[s], self.scale, self.offset)
+        return np.nan_to_num(y, copy=False, nan=0, posinf=1, neginf=0) / self.gain(s)
+
+    def all(self):
+        """(S,H,W) float32"""
+        return np.stack([self[s] for s in range(len(self.stored))])
+
+    def unit(self, s):
+        """What 1 of slice s is in stored numbers: a number, or (H,W)."""
+        return abs(self.scale) * self.gain(s)
+
+    def restored(self, s, x, y):
+        """The stored slice s with the change from y, as it is mapped, to x added: no change returns the same bits."""
+        wide = np.float64 if self.stored.dtype.itemsize > 2 else np.float32  # for numbers that float32 does not hold
+        return self.stored[s] + (x - y).astype(wide) * (self.scale * self.gain(s))
+
+
+def denoise_volume(volume, denoise, wanted=NOTHING):
     """`Denoised` of a formats.Volume, denoised slice by slice; what is not finite stays.
 
     denoise: callable, a float32 tensor (1,2k+1,H,W) of a slice with k neighbours on each side, about [0,1], to
-    (1,1,H,W), or (1,2,H,W) with the standard deviation. What it changes is added to the stored numbers, so that no
-    change returns the same bits. Attributes, all optional: context, k. noise_map: callable, the mapped volume (S,H,W)
-    to how much stronger than expected its noise is, in blocks of 8x8 pixels (S,H/8,W/8): the slices are divided by it,
-    and what comes out is multiplied by it. level: callable, a denoised slice (H,W) to the deviation of its noise.
-    signal: callable, a denoised slice to what is written instead of it. beside and planes: a callable, the mapped
-    volume to what the denoiser makes of it in two other planes, and their weight. made: callable, the mapped volume to
-    what it is denoised (S,H,W) if that is known already, else None; not with a noise_map or a standard deviation.
-    samples: callable, mapped volume and what it is denoised to (n,S,H,W), `Denoised.samples`.
+    (1,1,H,W), or (1,2,H,W) with the standard deviation. Attributes, all optional: context, k; beside and planes: a
+    callable, the mapped volume to what the denoiser makes of it in two other planes, and their weight.
     Raises ValueError below 16x16 pixels, or for a single slice that needs neighbours.
     """
+    shape, context = volume.slices.shape, getattr(denoise, "context", 0)
     low, high = files.finite_range(volume.slices)
-    if min(volume.slices.shape[1:]) < 16:
-        raise ValueError(f"{volume.source}: {'x'.join(map(str, volume.slices.shape[1:]))} pixels, fewer than 16x16")
-    std, levels = (np.zeros(volume.slices.shape, np.float32) for _ in range(2))
+    if min(shape[1:]) < 16:
+        raise ValueError(f"{volume.source}: {'x'.join(map(str, shape[1:]))} pixels, fewer than 16x16")
+    std, levels = (np.zeros(shape, np.float32) for _ in range(2))
     if high == low:
         return Denoised(volume.slices, std, levels, None)
-    scale, offset = files.scaling(volume, low, high)
-    wide = np.float64 if volume.slices.dtype.itemsize > 2 else np.float32  # for numbers that float32 does not hold
-    context, count, ready = getattr(denoise, "context", 0), len(volume.slices), {}
-    if context and count < 2:
+    if context and len(volume.slices) < 2:
         raise ValueError(f"{volume.source}: a single image, and the student sees neighbouring slices")
-
-    def mapped(s):
-        y = files.mapped(volume.slices[s], scale, offset)
-        return np.nan_to_num(y, copy=False, nan=0, posinf=1, neginf=0)
-
-    def stacked():
-        return np.stack([mapped(s) / gain(s) for s in range(count)])
-
-    gains, known, others, draw = None, None, None, getattr(denoise, "samples", None)
-    noise_map, level, signal, made = (getattr(denoise, name, None) for name in ("noise_map", "level", "signal", "made"))
-
-    def gain(s):
-        return 1 if gains is None else crops.enlarge(gains[s], volume.slices.shape[1:])
-
-    if made and volume.slices.size <= files.PIXELS // 4:  # of more, a dataset of image files has parts alone
-        known = made(stacked())
-    elif noise_map:
-        gains = noise_map(stacked())
+    mapped, known, others = Mapped(volume, low, high), None, None
+    if wanted.made and volume.slices.size <= files.PIXELS // 4:  # of more, a dataset of image files has parts alone
+        known = wanted.made(mapped.all())
+    elif wanted.noise_map:
+        mapped.gains = wanted.noise_map(mapped.all())
     weight = getattr(denoise, "planes", 0)
     if weight and known is None and volume.slices.size <= denoise.beside.most:
-        others = denoise.beside(stacked())
-    out = np.empty(volume.slices.shape, volume.slices.dtype)
-    means = np.empty(volume.slices.shape if draw else 0, np.float32)
-    for s in range(count):
-        which = crops.around(s, count, context)
-        ready = {k: ready[k] if k in ready else mapped(k) / gain(k) for k in which}  # each slice is mapped once
+        others = denoise.beside(mapped.all())
+    out, ready = np.empty(shape, volume.slices.dtype), {}
+    means = np.empty(shape if wanted.samples else 0, np.float32)
+    for s in range(len(out)):
+        which = crops.around(s, len(out), context)
+        ready = {k: ready[k] if k in ready else mapped[k] for k in which}  # each slice is mapped once
         if known is None:
             x, *deviation = denoise(torch.from_numpy(np.stack([ready[k] for k in which]))[None])[0].numpy()
         else:
             x, deviation = known[s], []
         if others is not None:
             x += weight * (others[s] - x)
-        if draw:
+        if wanted.samples:
             means[s] = x
-        if level:
-            levels[s] = level(x) * abs(scale) * gain(s)
-        if signal:
-            x = signal(x)
-        change = (x - ready[s]).astype(wide) * (scale * gain(s))
-        out[s] = formats.as_type(volume.slices[s] + change, out.dtype)
+        if wanted.level:
+            levels[s] = wanted.level(x) * mapped.unit(s)
         if deviation:
-            std[s] = deviation[0] * abs(scale) * gain(s)
-    drawn = draw(stacked(), means) if draw else ()
-    for sample in drawn:
-        for s in range(count):
-            sample[s] = volume.slices[s] + (sample[s] - mapped(s) / gain(s)).astype(wide) * (scale * gain(s))
-    return Denoised(out, std, levels, gains, tuple(drawn))
+            std[s] = deviation[0] * mapped.unit(s)
+        out[s] = formats.as_type(mapped.restored(s, wanted.signal(x) if wanted.signal else x, ready[s]), out.dtype)
+    samples = wanted.samples(mapped.all(), means) if wanted.samples else ()
+    for sample in samples:
+        for s in range(len(out)):
+            sample[s] = mapped.restored(s, sample[s], mapped[s])
+    return Denoised(out, std, levels, mapped.gains, tuple(samples))
 
 
 def entry(job, folder):
@@ -124,12 +152,23 @@ def check_room(jobs, folder, force=False):
 
 
 def denoise_files(
-    jobs, denoise, method, folder, problems, force=False, share=(0, 1), stop=(), tell=None, told=None, look=None
+    jobs,
+    denoise,
+    method,
+    folder,
+    problems,
+    wanted=NOTHING,
+    force=False,
+    share=(0, 1),
+    stop=(),
+    tell=None,
+    told=None,
+    look=None,
 ):
     """Reads, denoises and writes every job. Returns (number of files written, number that were there already).
 
     Args:
-        denoise: see `denoise_volume`; gives what the sides of a job ask for. method: a text that identifies it.
+        denoise, wanted: see `denoise_volume`; what the sides of a job ask for. method: a text that identifies them.
         folder: Path, for the log. problems: list to which a line is added for each file that is left out, as for those
         that are not tried once the disk is full. force: replace existing files. share: of `plan`. stop: ends the run
         before the next file when it is no longer empty. tell: see record.teller. told: {key: value} for BIDS sidecars.
@@ -155,7 +194,7 @@ def denoise_files(
             if existing and not force and whole is not False:
                 raise FileExistsError(f"{existing} exists already, and is not of this run: --force replaces it")
             readable, volumes = files.read(job, problems, force)
-            made = [denoise_volume(volume, denoise) for volume in volumes]
+            made = [denoise_volume(volume, denoise, wanted) for volume in volumes]
             record.add(folder, share, done, name, mark, whole=False)  # from here on, what is at `paths` is ours
             formats.write(readable.item, [one.out for one in made], readable.paths, method)
             there = True

@@ -70,7 +70,7 @@ def test_correlation_in_tissue(scanned):
 
 
 def test_the_noise_model_of_a_scan(scanned):
-    """Divided by sigma: air has the mean and variance that the model says, tissue its variance; dark is above the air."""
+    """Divided by sigma: air has the mean and variance that the model says, tissue its variance; dark is above air."""
     noisy, clean, law, mask = scanned
     model = scanner.noise_model(0.02, mask, [0, 0], [(clean, law)])
     even, air, bright = 0.02 * noisy / law["sigma"], clean < law["sigma"] / 3, clean > 8 * law["sigma"]
