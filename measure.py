@@ -106,7 +106,7 @@ def measure_levels(images, correlation, means=None, ends=(0.5, 0.5)):
     mean = (blocks if means is None else guide).mean((1, 2))
     bin_of, points = bins(mean, 24), []
     lost = 1.0
-    if means is None:  # the halves of correlated noise are not quite independent: what that costs, synthetic noise says
+    if means is None and min(ends) < 0.5:  # halves of such noise are not independent: synthetic noise says what it costs
         law = dict(variance=[1, 0, 0], correlation=correlation, band=ends)
         synthetic = in_blocks(sample(law, np.zeros((4, 512, 512), np.float32), np.random.default_rng(0)), 8)
         synthetic = periodogram(synthetic) / np.maximum(expect, 1e-6)
