@@ -106,7 +106,7 @@ def measure_levels(images, correlation, means=None, ends=(0.5, 0.5)):
     mean = (blocks if means is None else guide).mean((1, 2))
     bin_of, points = bins(mean, 24), []
     lost = 1.0
-    if means is None and min(ends) < 0.5:  # halves of such noise are not independent: synthetic noise says what it costs
+    if means is None and min(ends) < 0.5:  # its halves are not independent: synthetic noise says what that costs
         law = dict(variance=[1, 0, 0], correlation=correlation, band=ends)
         synthetic = in_blocks(sample(law, np.zeros((4, 512, 512), np.float32), np.random.default_rng(0)), 8)
         synthetic = periodogram(synthetic) / np.maximum(expect, 1e-6)
@@ -115,8 +115,7 @@ def measure_levels(images, correlation, means=None, ends=(0.5, 0.5)):
         i = np.flatnonzero(bin_of == k)
         if len(i) >= 100:
             count = max(20, int(0.05 * len(i)))
-            flat = flattest(power[i], structure[i], among, count)[high]
-            flat = flat / lost
+            flat = flattest(power[i], structure[i], among, count)[high] / lost
             found = level_of(flat, power[i][:, high].mean(0))
             chosen = i[np.argsort(structure[i][:, among].sum(1))[:count]]
             disorder = np.median(power[i][:, high].mean(1)) / max(found, 1e-12)  # 1 where all blocks are flat
