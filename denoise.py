@@ -63,7 +63,7 @@ from lib.stages import Stages
 WEIGHTS = {k: Path(__file__).with_name("weights") / name for k, name in ((0, "images.pt"), (2, "volumes.pt"))}
 TUNING_STEPS, TUNING_RATE = 1500, 1e-3
 UNEVEN = {0: 0.15, 2: 0.07}  # by context: deviation of the log of the noise's map; where it is alike, 0.11 and 0.06
-MAPPED = 0.1  # the same of the map itself, found in some rounds: where the noise is alike at most 0.08
+MAPPED = 0.08  # the same of the map itself, found in some rounds: where the noise is alike at most 0.07
 LAWLESS = 0.4  # correlation error of what was removed: good outputs up to 0.1, wrong levels 0.26 (results/report.md)
 DOUBT = 0.2  # dB by which a tuned network must seem better: it has learned what is wrong with the law, too
 SNAPSHOTS = 4  # of the diffusion model, from which the paper's recipe chooses
