@@ -75,6 +75,17 @@ def test_dark_magnitudes_do_not_count():
         assert (found[0, :, :4].mean() < 0.8 * found[0, :, 8:].mean()) == weak
 
 
+def test_places_without_photons_do_not_count():
+    """Where pixels are equal to their neighbours there was nothing to measure: such blocks take the gain of others."""
+    rng = np.random.default_rng(0)
+    noisy = 1 + 2 * rng.standard_normal((1, 96, 96))  # twice as strong as the model says
+    z, empty = rng.standard_normal(noisy.shape), np.where(np.arange(96) < 48, 1.0, noisy)
+    for y in (noisy, empty):  # a network never gives back quite the same
+        x = np.where(y == 1, 1 + 0.3 * rng.standard_normal(y.shape), 1)
+        found = residual.gain(y, x, z, 0 * z, np.ones_like(y))
+        assert found.mean() == pytest.approx(2, rel=0.1) and found.min() > 1.6
+
+
 def test_divide_and_multiply(tmp_path):
     """What was divided comes back, under the old fingerprint; the noise model says that it is of divided images."""
     x, y, g = uneven(3)
