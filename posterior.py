@@ -56,14 +56,16 @@ def signal(mean, variance, air):
     return np.sqrt(np.maximum(np.square(mean) + variance - air[0] ** 2 - air[1], 0))
 
 
-def local_variance(residual, noise_variance, sigma=3.0):
+def local_variance(residual, noise_variance, sigma=3.0, where=1.0):
     """V, the variance of y - mu, from its energy (H,W) in a Gaussian window of `sigma` pixels.
 
     The energy of so few pixels is uncertain, by about V / (sigma sqrt(2 pi)), and an energy below s2 does not mean that
     there is no signal. V is s2 plus the expected positive part of (energy - s2) under that uncertainty.
+    where: 0 at pixels (H,W) that do not count, else 1.
     """
-    energy = gaussian_filter(np.square(residual), sigma)
-    doubt = np.maximum(energy, 1e-30) / (sigma * (2 * np.pi) ** 0.5)
+    share = np.maximum(gaussian_filter(where * np.ones(residual.shape), sigma), 1e-6)
+    energy = gaussian_filter(where * np.square(residual), sigma) / share
+    doubt = np.maximum(energy, 1e-30) / (sigma * (2 * np.pi * share) ** 0.5)
     excess = (energy - noise_variance) / doubt
     return noise_variance + doubt * (np.exp(-(excess**2) / 2) / (2 * np.pi) ** 0.5 + excess * ndtr(excess))
 
@@ -113,20 +115,22 @@ import measure
 import noise
 from lib import runtime
 
+FAINT = 0.02  # share of the mean noise variance below which a prediction is too dark to tell the noise by
 VARIANCES = ("auto", "energy", "spectrum", "predicted", "spread")
 
 
 def estimate(y, mu, noise_model, variance="auto", std=None):
     """(x_hat, its standard deviation) of one slice, all (H,W). `variance`, `std`: see the module."""
     s2, residual = noise.variance(noise_model, mu), np.asarray(y, np.float64) - mu
+    faint = FAINT * s2.mean() + 1e-10  # a black background, where a prediction is not quite 0, must not outweigh all
+    scale = np.sqrt(np.maximum(s2, faint))
     if variance == "auto":
         variance = "energy" if noise_model["blind_spot"] == 1 else "spectrum"
     if variance == "spectrum":
-        scale = np.sqrt(np.maximum(s2, 1e-10))
         kept, left = wiener(residual / scale, lambda h, w: noise.spectrum(noise_model, h, w))
         return np.where(s2 > 0, mu + scale * kept, y), np.sqrt(s2 * left)
     if variance == "energy":  # in units of the noise, which may change across the window
-        total = s2 * local_variance(residual / np.sqrt(np.maximum(s2, 1e-10)), 1.0)
+        total = s2 * local_variance(residual / scale, 1.0, where=s2 > faint)
     else:
         total = np.square(std, dtype=np.float64)
     return update(mu, y, total, s2), np.sqrt(s2 * weight(total, s2))

@@ -71,6 +71,18 @@ def test_uncertainty_is_calibrated(kind, level, correlation):
     assert within == pytest.approx([0.683, 0.954], abs=0.06)
 
 
+def test_places_without_photons_do_not_outweigh_the_others():
+    """A prediction is never quite 0 in a black background: by the Poisson noise of such places it would be far off."""
+    rng = np.random.default_rng(0)
+    x = 0.7 * (np.hypot(*np.mgrid[-64:64, -64:64]) < 40)
+    y = noise.add(x, "poisson", 200, 0, rng)
+    mu = x + 0.05 * (x > 0) * rng.standard_normal(x.shape) + 1e-3 * rng.standard_normal(x.shape)
+    estimate, std = posterior.estimate(y, mu, noise.known("poisson", 200))
+    for inside in (x > 0, (x > 0) & (np.hypot(*np.mgrid[-64:64, -64:64]) > 34)):
+        before, after = (np.square(v - x)[inside].mean() for v in (mu, estimate))
+        assert after < 0.7 * before and after == pytest.approx(np.square(std[inside]).mean(), rel=0.25)
+
+
 def test_command(made, tmp_path):
     """On any prediction; `std` beside it; the noise model stands in the file; each source of the variance."""
     flags = ["--data", made / "knee.h5", "--noise", "gaussian:6/255", "--out", tmp_path / "out.h5"]
