@@ -275,7 +275,7 @@ def wanted_cells(args, sets):
     tables = [*range(1, 6), *(t for t in tables if t == "m4raw")] if "all" in args.table else tables
     wanted = {}
     for table in tables:
-        found = [cell for cell in reproduce_data.cells(table, args.scale, sets) if cell[0] in sets]
+        found = [cell for cell in reproduce_data.cells(table, args.scale, sets, args.seeds) if cell[0] in sets]
         if not found:
             print(f"reproduce: table {table} left out: its images are in none of the folders of --data", flush=True)
         for cell in found:
@@ -291,6 +291,7 @@ def main(argv=None):
     tables = ["1", "2", "3", "4", "5", "all", "m4raw", "none"]
     p.add_argument("--table", nargs="+", choices=tables, default=["all"], help="default all: the five of the paper")
     p.add_argument("--scale", choices=("small", "paper"), default="small", help="see above (default small)")
+    p.add_argument("--seeds", type=runtime.positive, default=1, help="of the training (default 1; Table 5: 2)")
     p.add_argument("--data", nargs="*", default=[], metavar="FOLDER", help="where the image sets are")
     p.add_argument("--out", default="reproduced", help="folder of the results (default reproduced)")
     p.add_argument("--work", default="reproduction", help="folder of intermediate files (default reproduction)")

@@ -56,22 +56,29 @@ FIRST = 200  # images of the test sets of fastMRI and SIIM
 # ---------------------------------------------------------------------------------------------------------------
 # cells
 # ---------------------------------------------------------------------------------------------------------------
-def cells(table, scale, sets):
-    """[(image set, kind of noise, correlation, seed)] of a table; kind None: the images have noise of their own."""
+def cells(table, scale, sets, seeds=1):
+    """[(image set, kind of noise, correlation, seed)] of a table; kind None: the images have noise of their own.
+
+    seeds: so many for each image set and noise, seed by seed; Table 5 has two at least.
+    """
+    return [(*cell, seed) for seed in range(max(seeds, 1 + (table == 5))) for cell in columns(table, scale, sets)]
+
+
+def columns(table, scale, sets):
+    """[(image set, kind of noise, correlation)] of a table."""
     synthetic = [name for name in sets if not name.startswith("m4raw")]
     if table in (3, "m4raw"):
         own = [name for name in sets if name.startswith("m4raw") and name.startswith("m4raw6") == (table == "m4raw")]
-        return [(name, None, 0, 0) for name in own]
+        return [(name, None, 0) for name in own]
     if not synthetic:
         return []
     first = "knee" if scale == "paper" else synthetic[0]
     if table == 1:
-        kinds = noise.KINDS[:2]
-        return [(name, kind, 0, 0) for name in synthetic for kind in kinds]
+        return [(name, kind, 0) for name in synthetic for kind in noise.KINDS[:2]]
     if table == 2:
-        return [(first, kind, correlation, 0) for kind in noise.KINDS for correlation in CORRELATIONS]
+        return [(first, kind, correlation) for kind in noise.KINDS for correlation in CORRELATIONS]
     correlations = (0, 1.2) if (table, scale) == (4, "small") else (0, *CORRELATIONS)
-    return [(first, "gaussian", correlation, seed) for seed in range(1 + (table == 5)) for correlation in correlations]
+    return [(first, "gaussian", correlation) for correlation in correlations]
 
 
 def name_of(dataset, kind, correlation, seed):

@@ -113,6 +113,10 @@ class Column:
     def mean(self, method, measure):
         return float(np.mean([run["methods"][method][measure] for run in self.runs]))
 
+    def apart(self, method, measure):
+        """By how much the seeds differ."""
+        return float(np.ptp([run["methods"][method][measure] for run in self.runs]))
+
     def slices(self, method, measure):
         """The mean over the seeds, for each test image."""
         return np.mean([run["methods"][method]["slices"][measure] for run in self.runs], axis=0)
@@ -135,7 +139,7 @@ def columns(runs, table):
     """The columns of a table that have been run: of each, the seeds with all of its methods, or else the first seed."""
     sets, groups = [name for name in TITLES if any(run["dataset"] == name for run in runs)], {}
     own = [m for m in METHODS[table] if table not in (4, 5) or m not in RIVALS]  # methods that no other table has
-    for *key, seed in cells(table, runs[0]["scale"], sets):
+    for *key, seed in cells(table, runs[0]["scale"], sets, 1 + max(run["seed"] for run in runs)):
         found = [run for run in runs if (*key_of(run), run["seed"]) == (*key, seed)]
         if any(m in run["methods"] for run in found for m in own):
             groups.setdefault(tuple(key), []).extend(found)
@@ -162,8 +166,11 @@ def markdown(table, cols):
             entries.append("/".join(f"**{t}**" if b else t for t, b in zip(texts, bold)))
         lines.append(f"| {name[method]} | {' | '.join(entries)} |")
     counts = sorted({int(col.runs[0]["methods"]["noisy"]["n"]) for col in cols})
-    seeds = max(len(col.runs) for col in cols)
-    lines += ["", f"PSNR/SSIM. Test images: {', '.join(map(str, counts))}; seeds of the training: {seeds}.", ""]
+    seeds = [len(col.runs) for col in cols]
+    apart = max(col.apart(m, "psnr") for col in cols for m in order if col.has(m))
+    said = f"{seeds[0]}" if len(set(seeds)) == 1 else f"{', '.join(map(str, seeds))}, column by column"
+    said += f"; the same method differs by at most {apart:.2f} dB between them" if max(seeds) > 1 else ""
+    lines += ["", f"PSNR/SSIM. Test images: {', '.join(map(str, counts))}; seeds of the training: {said}.", ""]
     lines += [
         "Corruption2Self's, on M4Raw:" if table == "m4raw" else "The paper's, on its data:",
         "",

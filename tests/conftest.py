@@ -53,10 +53,12 @@ def make_dataset(path, seed=0, sizes=((3, 48, 40), (2, 37, 53)), clean=True):
 
 
 def collect_refusals(said, folder):
-    """Adds what was said to the file that REFUSALS names, for results/refusals.md."""
-    if said and "REFUSALS" in os.environ:
+    """Adds the refusals among what was said to the file that REFUSALS names, for results/refusals.md."""
+    said = said.replace(f"{folder}/", "").replace(str(folder), ".")
+    refusals = [line for line in said.splitlines() if ": error: " in line or ": left out: " in line]
+    if refusals and "REFUSALS" in os.environ:
         with open(os.environ["REFUSALS"], "a") as file:
-            file.writelines(f"    {line}\n" for line in said.replace(f"{folder}/", "").splitlines())
+            file.writelines(f"    {line}\n" for line in refusals)
 
 
 def command(script, *flags):

@@ -39,7 +39,7 @@ def through(folder, denoise=torch.clone):
     jobs, problems = files.plan([folder / "in"], folder / "out")
     (folder / "work").mkdir(exist_ok=True)
     apply.denoise_files(jobs, denoise, "a test", folder / "work", problems)
-    collect_refusals("\n".join(problems), folder)
+    collect_refusals("\n".join(f"denoise.py: left out: {problem}" for problem in problems), folder)
     return problems
 
 

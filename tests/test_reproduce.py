@@ -120,6 +120,8 @@ def test_cells_of_the_paper():
         ("head", "gaussian", 0, 0),
         ("head", "gaussian", 1.2, 0),
     ]
+    two = reproduce_data.cells(1, "small", ["head", "chest"], 2)
+    assert len(two) == 8 and [seed for *_, seed in two] == 4 * [0] + 4 * [1] and len(set(two)) == 8
 
 
 def made_up(kind, correlation, seed=0, **psnr):
@@ -179,6 +181,17 @@ def test_gains_over_image_sets():
     assert "| BM4D (3D), told | +5.00 ± 0.00 (2) |" in lines and not any("PUCA" in line for line in lines)
 
 
+def test_seeds():
+    """Where a column has two, a table has their mean, and says by how much they differ."""
+    x = np.linspace(30, 34, 8)
+    rows = {method: x for method in ("noisy", *reproduce_data.METHODS[2])}
+    runs = [made_up("gaussian", 0.5, seed, **{**rows, "puca": x + seed / 4}) for seed in (0, 1)]
+    runs.append(made_up("poisson", 0.5, **rows))
+    lines = "\n".join(reproduce_report.markdown(2, reproduce_report.columns(runs, 2)))
+    assert "| PUCA | 32.12/0.642 | 32.00/0.640 |" in lines
+    assert "seeds of the training: 2, 1, column by column; the same method differs by at most 0.25 dB" in lines
+
+
 def test_partial_cells_claim_nothing():
     """Where a rival has not run yet, nothing is bold and no claim about the best is made; other budgets do not mix."""
     base = np.linspace(30, 34, 12)
@@ -202,7 +215,7 @@ def test_committed_cells_make_the_committed_tables(tmp_path):
     for path in (ROOT / "results/reproduce").glob("*.json"):
         shutil.copy(path, tmp_path)
     said = ok("experiments.reproduce", "--table", "none", "--out", ".", "--work", "work", cwd=tmp_path).stdout
-    assert f"{len(list(tmp_path.glob('*-s0.json')))} cells -> tables.md" in said
+    assert f"{len(list(tmp_path.glob('*-s*.json')))} cells -> tables.md" in said
     assert (tmp_path / "tables.md").read_text() == (ROOT / "results/reproduce/tables.md").read_text()
 
 
