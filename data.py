@@ -191,6 +191,24 @@ def read_matching(path, dataset, key="pred", split=None):
     return read_volumes(path, key, names=names)
 
 
+def read_map(path, dataset):
+    """{volume: by what factor its noise is stronger than in the mean (S,H,W)}, of a file (.h5) made from the dataset.
+
+    Or of an image, of any format, of the noise's deviation at each pixel of such a volume. Raises ValueError for others.
+    """
+    try:
+        open_file(path).close()
+    except ValueError:
+        gains, attrs, found = files.given_map(path), read_attrs(dataset)[1], {}
+    else:
+        return read_matching(path, dataset, "gain")
+    for name, volume in read_volumes(dataset).items():
+        (n, h, w), (first, top, left) = volume.shape, attrs[name].get("place", (0, 0, 0))
+        blocks = gains(whole := attrs[name].get("whole", volume.shape))[first : first + n]
+        found[name] = np.stack([enlarge(one, whole[1:]) for one in blocks])[:, top : top + h, left : left + w]
+    return found
+
+
 @contextlib.contextmanager
 def write_volumes(path, kind, stage, args=None, like=None, noise=None):
     """A new file of the contract, which takes its name only when the block ends without error.

@@ -152,11 +152,8 @@ def even_out(stages, first):
 
     first: name of the student with whose help that is seen, on eight slices. Returns whether it was so.
     """
-    given = getattr(stages.args, "noise_map", None)
-    if given:
-        made = functools.partial(write_given_map, stages)
-        stages.once(made, [given, files.digest([given])], "map.h5", "# map.h5: --noise-map")
-        return divide(stages)
+    if given := getattr(stages.args, "noise_map", None):
+        return divide(stages, given)
     flags = ["--no-reference", *stages.data, "--split", "all", "--noise", stages.path(stages.noise_file)]
     flags += ["--model", f"shipped={stages.path(first)}.pt"]
     seen = estimate(stages, [*flags, "--slices", 8], "first.json")
@@ -168,26 +165,15 @@ def even_out(stages, first):
     gains = data.read_volumes(stages.path("map.h5"), "gain").values()
     if np.concatenate([np.log(gain).ravel() for gain in gains]).std() < MAPPED:
         return False
-    return divide(stages)
+    return divide(stages, stages.path("map.h5"))
 
 
-def divide(stages):
-    """From here on, the stages see images that are divided by map.h5. Returns True."""
-    even = stages.run(noise, "divide", *stages.data, "--map", stages.path("map.h5"), out="even.h5")
+def divide(stages, path):
+    """From here on, the stages see images that are divided by the map at `path`. Returns True."""
+    even = stages.run(noise, "divide", *stages.data, "--map", path, out="even.h5")
     stages.data = ["--data", stages.path(even)]
     print("denoise: the noise is stronger in some places than in others: from here on, images are divided by its map")
     return True
-
-
-def write_given_map(stages, argv):
-    """Writes map.h5, `gain` of every volume, from the image argv[0]."""
-    gains, attrs = files.given_map(argv[0]), data.read_attrs(stages.data[1])[1]
-    with data.write_volumes(stages.path("map.h5"), "prediction", "denoise", {}, like=stages.data[1]) as add:
-        for name, volume in data.read_volumes(stages.data[1]).items():
-            (kept,), (_, h, w) = add(name, volume.shape, ["gain"]), volume.shape
-            whole, (first, top, left) = attrs[name].get("whole", volume.shape), attrs[name].get("place", (0, 0, 0))
-            for s, blocks in enumerate(gains(whole)[first : first + len(volume)]):
-                kept[s] = data.enlarge(blocks, whole[1:])[top : top + h, left : left + w]
 
 
 def shipped(stages):
@@ -308,7 +294,8 @@ def report(stages):
 def train_on_files(args, jobs, work, problems):
     """Makes a dataset of the image files and trains on it. Returns (stages, name of the recipe)."""
     dataset, crop = work / "dataset.h5", bsn.PRESETS["fast"]["crop"]
-    stages = Stages(work, dataset, args, [job.digest for job in jobs])
+    given = [files.digest([args.noise_map])] if args.noise_map else []
+    stages = Stages(work, dataset, args, [*(job.digest for job in jobs), *given])
 
     def write(argv):
         volumes = files.training_volumes(jobs, problems, crop, args.force)
@@ -319,57 +306,70 @@ def train_on_files(args, jobs, work, problems):
     return stages, train(stages, args.recipe, args.rounds)
 
 
-def denoise_files(args, held):
-    """Image files in, files of the same kind out, by args.model or by a student trained on them. Returns exit code.
+def student_of(args, jobs, work, problems):
+    """The denoiser of a run over files: --model, or a student trained on them.
 
-    held: a contextlib.ExitStack, for what is let go of at the end.
+    Returns (student, its file, its ensemble, noise model or None, stages or None, name of the recipe).
     """
-    out, stages, std, work = Path(args.out), None, args.std, Path(args.out) / "diffdenoise"
-    share, tell, began = record.share_of(args.share, args.model), record.teller(args.json), time.monotonic()
-    model_path, recipe = Path(args.model) if args.model else work / "student.pt", "none: --model"
-    options = args.device, args.precision, args.memory or 2 << 30
     ensemble = args.ensemble or (1 if args.model or args.instant else 8)
-    student = distill.student(model_path, *options, ensemble, std=std) if args.model else None
-    sides = [name for name, asked in dict(std=std, removed=args.removed, noise=args.noise_map_out).items() if asked]
-    sides += [f"sample{k + 1}" for k in range(args.samples)]
-    jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, sides, args.bids, share)
-    held.enter_context(record.lock(work, share))
-    if args.noise_map:
-        files.given_map(args.noise_map)  # refused before anything is done
-    if not args.model:
-        apply.check_room(jobs, work, args.force)
-        stages, recipe = train_on_files(args, jobs, work, problems)
-        student = distill.student(model_path, *options, ensemble, std=std)
-    law = json.loads((work / stages.noise_file).read_text()) if stages and recipe != "paper" else student.noise_model
+    load = functools.partial(distill.student, ensemble=ensemble, std=args.std)
+    options = args.device, args.precision, args.memory or 2 << 30
+    if args.model:
+        student = load(Path(args.model), *options)
+        return student, Path(args.model), ensemble, student.noise_model, None, "none: --model"
+    apply.check_room(jobs, work, args.force)
+    stages, recipe = train_on_files(args, jobs, work, problems)
+    student = load(work / "student.pt", *options)
+    law = student.noise_model if recipe == "paper" else json.loads((work / stages.noise_file).read_text())
+    return student, work / "student.pt", ensemble, law, stages, recipe
+
+
+def wanted_of(args, student, law, stages, ensemble):
+    """apply.Wanted of a run over files. Raises ValueError where the noise model, law, does not tell what is asked."""
     if args.noise_map_out and args.model and not law:
         raise ValueError(f"--noise-map-out: {args.model} knows no noise model")
     if args.bias_correct and not (law and law.get("air")):
         raise ValueError("--bias-correct: the noise model knows no air: no magnitude images, or none without signal")
     if args.samples and not student.noise_model:
-        raise ValueError(f"--samples: {model_path} knows no noise model")
+        raise ValueError(f"--samples: {args.model or 'the student'} knows no noise model")
     wanted = evaluate.wanted(student, law, args.noise_map_out, args.bias_correct, args.samples)
     if args.noise_map:
         gains = files.given_map(args.noise_map)
         wanted["noise_map"] = lambda volume: gains(volume.shape)
-    if stages and not std and stages.judged == "denoised.h5" and ensemble == (1 if args.instant else 8):
+    if stages and not args.std and stages.judged == "denoised.h5" and ensemble == (1 if args.instant else 8):
         wanted["made"] = data.by_content(stages.path("denoised.h5"), stages.data[1])
-    method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(model_path)}, ensemble of {ensemble}"
+    return apply.Wanted(**wanted)
+
+
+def denoise_files(args, held):
+    """Image files in, files of the same kind out, by args.model or by a student trained on them. Returns exit code.
+
+    held: a contextlib.ExitStack, for what is let go of at the end.
+    """
+    out, work, began = Path(args.out), Path(args.out) / "diffdenoise", time.monotonic()
+    share, tell = record.share_of(args.share, args.model), record.teller(args.json)
+    asked = dict(std=args.std, removed=args.removed, noise=args.noise_map_out)
+    sides = [name for name in asked if asked[name]] + [f"sample{k + 1}" for k in range(args.samples)]
+    jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, sides, args.bids, share)
+    held.enter_context(record.lock(work, share))
+    if args.noise_map:
+        files.given_map(args.noise_map)  # refused before anything is done
+    student, path, ensemble, law, stages, recipe = student_of(args, jobs, work, problems)
+    wanted = wanted_of(args, student, law, stages, ensemble)
+    method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(path)}, ensemble of {ensemble}"
     method += ", bias corrected" if args.bias_correct else ""
     method += f", noise map {files.digest([args.noise_map])}" if args.noise_map else ""
     told = dict(Method=method, Parameters={"Ensemble": ensemble}, NoiseModel=student.noise_model)
-    tools, rows = evaluate.report_tools(law, student, uneven=bool(wanted["noise_map"])), {}
+    tools, rows = evaluate.report_tools(law, student, uneven=bool(wanted.noise_map)), {}
     stop, look = held.enter_context(runtime.stoppable("this file")), functools.partial(page.look, rows, tools)
-    how = student, method, work, problems, apply.Wanted(**wanted)
-    counts = apply.denoise_files(jobs, *how, args.force, share, stop, tell, told, look)
+    run = apply.Run(args.force, share, stop, tell, told, look)
+    counts = apply.denoise_files(jobs, student, method, work, problems, wanted, run)
     if stages and not stop:
         report(stages)
     shown = out / f"report{record.suffix(share)}.html"
     if not stop and (counts[0] or not shown.exists()):
-        secrets = [] if args.with_names else [*args.inputs, args.out, args.model, args.key, args.noise_map]
-        facts = [("command", page.typed(["denoise.py", *sys.argv[1:]], secrets)), ("recipe", recipe)]
-        facts += [("student", training.fingerprint(model_path)), ("seed", args.seed), ("versions", page.versions())]
-        facts += [("seconds", f"{time.monotonic() - began:.0f}")]
-        facts = dict(sources=args.inputs, out=out, folder=work if stages else None, run=facts)
+        ran = dict(recipe=recipe, student=training.fingerprint(path), seconds=f"{time.monotonic() - began:.0f}")
+        facts = page.facts_of(args, ran, work if stages else None)
         problems = page.of_run(shown, jobs, rows, tools, facts, problems, args.with_names)
     return record.finish(out, *counts, problems, stop, tell)
 

@@ -28,6 +28,7 @@ to volume, `divide` makes it alike everywhere, so that every stage can learn; `m
 
     python noise.py add --data clean.h5 --kind gaussian --level 6/255 --seed 0 --out knee.h5
     python noise.py divide --data knee.h5 --map map.h5 --out even.h5   # map.h5: evaluate.py --split all --noise-map-out
+    python noise.py divide --data knee.h5 --map sigma.nii.gz --out even.h5            # deviation of the noise, an image
     python noise.py multiply --data even.h5 --pred even_out.h5 --like knee.h5 --out knee_out.h5
 """
 
@@ -365,7 +366,7 @@ def add_to_file(args):
 
 def divide(args):
     """Divides the images by the map of their noise: from then on it is alike everywhere. The map stays with them."""
-    noisy, gains = data.read_volumes(args.data), data.read_matching(args.map, args.data, "gain")
+    noisy, gains = data.read_volumes(args.data), data.read_map(args.map, args.data)
     if len(gains) < len(noisy):
         some = f"{args.map} has the map of {len(gains)} of the {len(noisy)} volumes of {args.data}"
         raise ValueError(f"{some}: evaluate.py --split all --noise-map-out makes all")
@@ -402,7 +403,7 @@ def main(argv=None):
     commands = p.add_subparsers(required=True)
     q = commands.add_parser("divide", help="makes the noise alike everywhere")
     q.add_argument("--data", required=True, help="dataset (.h5) of noisy images")
-    q.add_argument("--map", required=True, help="file (.h5) of evaluate.py --noise-map-out, made from it")
+    q.add_argument("--map", required=True, help="file (.h5) of evaluate.py --noise-map-out, or an image of the level")
     q.add_argument("--out", required=True, help="dataset to write (.h5)")
     q.set_defaults(command=divide)
     q = commands.add_parser("multiply", help="brings a prediction of divided images back")

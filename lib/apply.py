@@ -8,7 +8,7 @@ had begun to write it, or with `force`. What cannot be read or written becomes a
 import errno
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +50,24 @@ class Wanted(NamedTuple):
     samples: Callable | None = None
 
 
-NOTHING = Wanted()
+class Run(NamedTuple):
+    """How a run over files goes.
+
+    force: replace existing files, and denoise masks and label maps. share: (k, n) of `files.plan`. stop: ends the run
+    before the next file when it is no longer empty. tell: see record.teller. told: {key: value} for BIDS sidecars.
+    look: called with each job, its volumes and what `denoise_volume` made of them once they are written; with the job
+    alone if its files were there already.
+    """
+
+    force: bool = False
+    share: tuple = (0, 1)
+    stop: Sequence = ()
+    tell: Callable = record.teller(None)
+    told: Mapping = {}
+    look: Callable = lambda *_: None
+
+
+NOTHING, PLAIN = Wanted(), Run()
 
 
 class Mapped:
@@ -151,59 +168,39 @@ def check_room(jobs, folder, force=False):
         raise ValueError(f"{taken[0]} exists already, and is not of this run: --force replaces it")
 
 
-def denoise_files(
-    jobs,
-    denoise,
-    method,
-    folder,
-    problems,
-    wanted=NOTHING,
-    force=False,
-    share=(0, 1),
-    stop=(),
-    tell=None,
-    told=None,
-    look=None,
-):
+def denoise_files(jobs, denoise, method, folder, problems, wanted=NOTHING, run=PLAIN):
     """Reads, denoises and writes every job. Returns (number of files written, number that were there already).
 
-    Args:
-        denoise, wanted: see `denoise_volume`; what the sides of a job ask for. method: a text that identifies them.
-        folder: Path, for the log. problems: list to which a line is added for each file that is left out, as for those
-        that are not tried once the disk is full. force: replace existing files. share: of `plan`. stop: ends the run
-        before the next file when it is no longer empty. tell: see record.teller. told: {key: value} for BIDS sidecars.
-        look: called with each job, its volumes and what `denoise_volume` made of them once they are written; with the
-        job alone if its files were there already.
+    denoise, wanted: see `denoise_volume`; what the sides of a job ask for. method: a text that identifies them. folder:
+    Path, for the log. problems: list to which a line is added for each file that is left out; once the disk is full,
+    one for all that are left.
     """
-    done, tell = record.read(folder), tell or record.teller(None)
-    written = kept = 0
+    done, written, kept = record.read(folder), 0, 0
     for k, job in enumerate(runtime.progress(jobs, "denoise")):
-        if stop:
+        if run.stop:
             break
         began, mark, (paths, name) = time.monotonic(), f"{job.digest} {method}", entry(job, folder)
         state = done.get(name, {})
         whole = state.get("whole") if state.get("mark") == mark else None  # None: this run has not begun it
         if whole and all(path.exists() for path in paths):
             kept += len(job.paths)
-            tell_files(tell, job, "kept")
-            if look:
-                look(job)
+            tell_files(run.tell, job, "kept")
+            run.look(job)
             continue
         existing, there = next((path for path in paths if path.exists()), None), False
         try:
-            if existing and not force and whole is not False:
+            if existing and not run.force and whole is not False:
                 raise FileExistsError(f"{existing} exists already, and is not of this run: --force replaces it")
-            readable, volumes = files.read(job, problems, force)
+            readable, volumes = files.read(job, problems, run.force)
             made = [denoise_volume(volume, denoise, wanted) for volume in volumes]
-            record.add(folder, share, done, name, mark, whole=False)  # from here on, what is at `paths` is ours
+            record.add(folder, run.share, done, name, mark, whole=False)  # from here on, what is at `paths` is ours
             formats.write(readable.item, [one.out for one in made], readable.paths, method)
             there = True
-            write_sides(readable, volumes, made, folder.parent, told or {})
-            record.add(folder, share, done, name, mark, whole=readable.item == job.item)
+            write_sides(readable, volumes, made, folder.parent, run.told)
+            record.add(folder, run.share, done, name, mark, whole=readable.item == job.item)
             written += len(readable.paths)
-            tell_files(tell, readable, "written", began=began)
-            if look:
-                look(job, volumes, made)
+            tell_files(run.tell, readable, "written", began=began)
+            run.look(job, volumes, made)
         except (ValueError, OSError, RuntimeError, MemoryError) as error:  # RuntimeError: torch lacks memory
             text = " ".join(str(error).split())[:300]
             full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -212,7 +209,7 @@ def denoise_files(
             text = f"{job.paths[0]} is written, but not all that belongs beside it: {text}" if there else text
             named = any(str(path.parent) in text for path in (job.item.files[0], *paths))
             problems.append(text if named else f"{job.paths[0]}: {text}")
-            tell_files(tell, job, "left out", problems[-1], began=began)
+            tell_files(run.tell, job, "left out", problems[-1], began=began)
             if full:
                 break
     return written, kept

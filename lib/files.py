@@ -332,11 +332,11 @@ def given_map(path):
     """
     items, problems = formats.find([path])
     if not items:
-        raise ValueError(f"--noise-map {path}: {problems[0] if problems else 'no image'}")
+        raise ValueError(f"noise map {path}: {problems[0] if problems else 'no image'}")
     volume = formats.read(items[0])[0]
     sigma = np.nan_to_num(volume.slices.astype(np.float32), posinf=0, neginf=0)
     if not sigma.max() > 0:
-        raise ValueError(f"--noise-map {path}: no deviation is above 0")
+        raise ValueError(f"noise map {path}: no deviation is above 0")
     factor = np.where(sigma > 0, sigma / sigma[sigma > 0].mean(), 1)
     factor = np.pad(factor, [(0, 0), *((0, -n % 8) for n in sigma.shape[1:])], "edge")
     blocks = factor.reshape(len(sigma), factor.shape[1] // 8, 8, -1, 8).mean((2, 4))
@@ -344,7 +344,7 @@ def given_map(path):
     def gains(shape):
         if tuple(shape) != sigma.shape:
             shapes = ("x".join(map(str, some)) for some in (sigma.shape, shape))
-            raise ValueError("--noise-map {} is {}, the images are {}".format(path, *shapes))
+            raise ValueError("noise map {} is {}, the images are {}".format(path, *shapes))
         return blocks
 
     return gains

@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,13 @@ def typed(argv, secrets):
 def _hide(word, secrets):
     flag, _, value = word.partition("=") if word.startswith("-") else ("", "", word)
     return (f"{flag}=" if flag else "") + "…" if value in secrets or word in secrets else word
+
+
+def facts_of(args, ran, folder):
+    """`facts` of `page_of_run`, by the arguments of denoise.py, without names unless asked to; ran: {name: text}."""
+    secrets = [] if args.with_names else [*args.inputs, args.out, args.model, args.key, args.noise_map]
+    told = dict(command=typed(["denoise.py", *sys.argv[1:]], secrets), seed=args.seed, versions=versions())
+    return dict(sources=args.inputs, out=Path(args.out), folder=folder, run=[*{**told, **ran}.items()])
 
 
 def stages_of(folder):

@@ -319,7 +319,9 @@ def test_ctrl_c(tmp_path):
     code += "jobs, problems = files.plan(['in'], files.Path('out'))\n"
     code += "with record.lock(files.Path('out/w')), runtime.stoppable('this file') as stop:\n"
     code += "    slow = lambda y: (print('at it', flush=True), time.sleep(float(sys.argv[1])), y + 0.1)[2]\n"
-    code += "    counts = apply.denoise_files(jobs, slow, 'm', files.Path('out/w'), problems, stop=stop)\n"
+    code += (
+        "    counts = apply.denoise_files(jobs, slow, 'm', files.Path('out/w'), problems, run=apply.Run(stop=stop))\n"
+    )
     code += "sys.exit(record.finish('out', *counts, problems, stop, record.teller(None)))"
 
     def start(seconds):

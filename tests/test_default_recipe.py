@@ -92,7 +92,7 @@ def test_a_given_map_is_cut_as_the_volumes_are(scans, monkeypatch):
     np.save(scans / "one/a.npy", (x + 0.05 * g * rng.standard_normal(x.shape)).astype(np.float32))
     np.save(scans / "map.npy", g.astype(np.float32))
     ok("denoise", *"one --instant --noise-map map.npy --out cut".split(), cwd=scans)
-    volumes = data.read_volumes(scans / "cut/diffdenoise/map.h5", "gain")
+    volumes = data.read_volumes(scans / "cut/diffdenoise/even.h5", "gain")
     attrs = data.read_attrs(scans / "cut/diffdenoise/dataset.h5")[1]
     assert any(attrs[name]["place"][1] for name in volumes)
     for name, found in volumes.items():

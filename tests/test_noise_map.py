@@ -195,6 +195,12 @@ def test_given_map(tmp_path):
     assert "images are divided by its map" in done.stdout
     plain, given = (np.square(np.load(tmp_path / name / "a.npy") - x).mean() for name in ("plain", "given"))
     assert given < 1.05 * plain
+    ok("data", *"import in --split train --out in.h5".split(), cwd=tmp_path)
+    ok("noise", *"divide --data in.h5 --map sigma.npy --out even.h5".split(), cwd=tmp_path)
+    made = (data.read_volumes(tmp_path / name / "even.h5", "gain") for name in ("", "given/diffdenoise"))
+    np.testing.assert_array_equal(*(next(iter(found.values())) for found in made))
+    missing = run("noise", *"divide --data in.h5 --map gone.npy --out no.h5".split(), cwd=tmp_path)
+    assert missing.returncode == 2 and "gone.npy does not exist" in missing.stderr
     for name, says in (("other", "6x60x136, the images are 6x120x136"), ("none", "no deviation is above 0")):
         refused = run("denoise", *f"in --instant --noise-map {name}.npy --out no".split(), cwd=tmp_path)
         assert refused.returncode == 2 and says in refused.stderr and refused.stderr.count("\n") == 1
