@@ -194,7 +194,7 @@ def read_matching(path, dataset, key="pred", split=None):
 def read_map(path, dataset):
     """{volume: by what factor its noise is stronger than in the mean (S,H,W)}, of a file (.h5) made from the dataset.
 
-    Or of an image, of any format, of the noise's deviation at each pixel of such a volume. Raises ValueError for others.
+    Or of an image, of any format, of the noise's deviation at each pixel of such a volume. Raises ValueError.
     """
     try:
         open_file(path).close()
