@@ -51,7 +51,7 @@ def stabilize(noise_model):
     if a == c == 0:  # Poisson(x / b) b
 
         def inverse(z):
-            z = np.maximum(z, 1e-3)
+            z = np.maximum(z, 1.5**0.5)  # what no photons at all give: below, the closed form grows without bound
             x = z**2 / 4 + 1.5**0.5 / (4 * z) - 11 / (8 * z**2) + 5 * 1.5**0.5 / (8 * z**3) - 1 / 8
             return b * np.maximum(x, 0)
 
