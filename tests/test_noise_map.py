@@ -64,6 +64,15 @@ def test_the_map_is_found(context, level):
     assert evaluate.estimate(told, {"": alike}, noise.known("gaussian", LEVEL), 4)["uneven"] < 0.08
 
 
+def test_what_is_left_of_noise_in_the_dark_is_no_map():
+    """Poisson noise, and a little of a scanner's own: nearly all noise in the air, nearly none of it elsewhere."""
+    x, model = 0.02 + 0.9 * uneven()[0], noise.known("poisson", 200)
+    y = x + np.sqrt(noise.variance(model, x) + 0.02**2) * np.random.default_rng(4).standard_normal(x.shape)
+    y = y.astype(np.float32)
+    told = distill.student("weights/volumes.pt", told=(model, {"": y}))
+    assert evaluate.estimate(told, {"": y}, model, 4)["uneven"] < 0.07
+
+
 def test_dark_magnitudes_do_not_count():
     """Near black, the noise of magnitudes is weaker: no reason for a map."""
     model, rng = noise.known("gaussian", 1.0) | dict(dark=3.0), np.random.default_rng(0)
