@@ -306,8 +306,8 @@ def train_on_files(args, jobs, work, problems):
     return stages, train(stages, args.recipe, args.rounds)
 
 
-def student_of(args, jobs, work, problems):
-    """The denoiser of a run over files: --model, or a student trained on them.
+def student_of(args, work, jobs=None, problems=None):
+    """The denoiser of a run over files: --model or, of `jobs`, a student trained on them.
 
     Returns (student, its file, its ensemble, noise model or None, stages or None, name of the recipe).
     """
@@ -350,11 +350,12 @@ def denoise_files(args, held):
     share, tell = record.share_of(args.share, args.model), record.teller(args.json)
     asked = dict(std=args.std, removed=args.removed, noise=args.noise_map_out)
     sides = [name for name in asked if asked[name]] + [f"sample{k + 1}" for k in range(args.samples)]
+    if args.noise_map:
+        files.given_map(args.noise_map)  # what is given is refused before anything is written
+    found = student_of(args, work) if args.model else None
     jobs, problems = files.plan(args.inputs, out, args.key, args.acquisition, sides, args.bids, share)
     held.enter_context(record.lock(work, share))
-    if args.noise_map:
-        files.given_map(args.noise_map)  # refused before anything is done
-    student, path, ensemble, law, stages, recipe = student_of(args, jobs, work, problems)
+    student, path, ensemble, law, stages, recipe = found or student_of(args, work, jobs, problems)
     wanted = wanted_of(args, student, law, stages, ensemble)
     method = f"DiffDenoise {runtime.RELEASE}, student {training.fingerprint(path)}, ensemble of {ensemble}"
     method += ", bias corrected" if args.bias_correct else ""
