@@ -94,10 +94,10 @@ def careamics(name, train, clock, args, work):
     peer.train(train_data=train)
 
     def predict(budget, y):
-        extra = -len(y) % 4 if deep else 0  # its U-Net halves volumes twice
-        padded = np.pad(y, ((0, extra), (0, 0), (0, 0)), "symmetric")
+        extra = [(0, -n % 4) for n in y.shape]  # its U-Net halves images twice
+        padded = np.pad(y, extra if deep else [(0, 0), *extra[1:]], "symmetric")
         found = peer.predict(pred_data=padded, batch_size=1, checkpoint=f"{work}/{budget}.ckpt")[0][0]
-        return np.reshape(found, padded.shape)[: len(y)]
+        return np.reshape(found, padded.shape)[tuple(map(slice, y.shape))]
 
     return predict
 
