@@ -167,17 +167,21 @@ def figure(folder):
                 method = "ours" if method in ("shipped", "tuned") else method
                 lines.setdefault(method, []).append((score["seconds"], score["psnr"]))
     colors = dict(zip(sorted({m for lines in cells.values() for m in lines} - {"ours"}), colormaps["tab20"].colors))
-    fig = Figure(figsize=(4.6 * len(cells), 4.2), dpi=80, layout="constrained")
+    wide = min(2, len(cells))
+    fig = Figure(figsize=(4.8 * wide, 3.6 * -(-len(cells) // wide) + 0.8), dpi=90, layout="constrained")
     shown = {}
-    for ax, (name, lines) in zip(np.ravel(fig.subplots(1, len(cells))), cells.items()):
+    for ax, (name, lines) in zip(np.ravel(fig.subplots(-(-len(cells) // wide), wide)), cells.items()):
         for method, points in lines.items():
-            look = dict(color="black", lw=2.5) if method == "ours" else dict(color=colors[method])
-            shown[method] = ax.plot(*zip(*sorted(points)), marker="o", markersize=4, label=method, **look)[0]
+            look = dict(color=colors.get(method, "black"), marker="o", markersize=4)
+            if method in CLASSIC:  # the bar: not to be overlooked among lines
+                look |= dict(color=f"C{CLASSIC.index(method)}", marker="D", markersize=7, zorder=3)
+            look |= dict(lw=2.5) if method == "ours" else {}
+            shown[method] = ax.plot(*zip(*sorted(points)), label=method, **look)[0]
         top = max(psnr for points in lines.values() for _, psnr in points)
         title = name.replace("-", ", ", 1).replace("-", " ").replace("_", "/")
         ax.set(xscale="log", title=title, xlabel="seconds of one core, all included", ylabel="PSNR, dB")
-        ax.set_ylim(top - 6, top + 0.3)
-        below = sorted((psnr, m, s) for m, points in lines.items() for s, psnr in points if psnr < top - 6)
+        ax.set_ylim(top - 7, top + 0.3)
+        below = sorted((psnr, m, s) for m, points in lines.items() for s, psnr in points if psnr < top - 7)
         if below:
             said = [f"{m} {s:.0f} s: {psnr:.1f}" for psnr, m, s in below]
             ax.text(0.03, 0.03, "\n".join(["below:", *said]), transform=ax.transAxes, fontsize=6.5)
