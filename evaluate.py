@@ -138,8 +138,8 @@ def estimate(denoise, noisy, noise_model, slices=24, seed=0):
 
     noisy: {name: (S,H,W)}, of which `slices` evenly spaced ones are looked at. denoise.context: neighbours it sees.
     The error of the noise model itself comes on top, the same for all denoisers. "uneven": by what share the noise
-    differs from place to place (standard deviation of the logarithm of `found_gain`, each block counted by its noise:
-    where there is next to none, no model is right).
+    differs from place to place (standard deviation of the logarithm of `found_gain`, each block counted by its noise,
+    as where there is next to none no model is right, and less where there is texture, some of which passes for noise).
     """
     context, every = getattr(denoise, "context", 0), [(name, s) for name, v in noisy.items() for s in range(v.shape[0])]
     some = [every[i] for i in data.evenly(len(every), slices)]
@@ -149,18 +149,19 @@ def estimate(denoise, noisy, noise_model, slices=24, seed=0):
 
 def estimate_stacks(denoise, stacks, noise_model, seed=0):
     """`estimate` from slices with their neighbours, each (2k+1,H,W)."""
-    found, gains, power = [], [], []
+    found, gains, weight = [], [], []
     for k, stack in enumerate(stacks):
         y = torch.from_numpy(np.asarray(stack, np.float32))[None]
         seen = probe(denoise, y, noise_model, runtime.step_rng(seed, k))
         found.append(estimated_error(*seen, noise_model))
         gains.append(np.log(found_gain(noise_model, *(v[None] for v in seen))).ravel())
-        power.append(residual.in_squares(noise.variance(noise_model, seen[1])[None]).ravel())
+        power = residual.in_squares(noise.variance(noise_model, seen[1])[None]) + 1e-12
+        weight.append((power**2 / (power + residual.texture(seen[1][None]))).ravel())
     mse, s2, _ = np.average(found, 0, weights=np.array(found)[:, 2])  # dark slices have little to say
     spread = np.std(found, 0)[0] / len(found) ** 0.5
     mse, s2 = max(mse, 1e-3 * s2, 1e-12), max(s2, 1e-12)
-    gains, power = map(np.concatenate, (gains, power))
-    uneven = np.average(np.square(gains - np.average(gains, weights=power + 1e-12)), weights=power + 1e-12) ** 0.5
+    gains, weight = map(np.concatenate, (gains, weight))
+    uneven = np.average(np.square(gains - np.average(gains, weights=weight)), weights=weight) ** 0.5
     return dict(psnr=-10 * np.log10(mse), sd=4.34 * spread / mse, noisy=-10 * np.log10(s2), uneven=float(uneven))
 
 

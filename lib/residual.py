@@ -171,6 +171,11 @@ def in_squares(v):
     return sums / np.outer(*sides)
 
 
+def texture(x):
+    """Energy of the coarse detail of slices (S,H,W), hardly touched by noise that a denoiser left, as `in_squares`."""
+    return in_squares(np.square(gaussian_filter(x, (0, 0.7, 0.7)) - gaussian_filter(x, (0, 3, 3))))
+
+
 def gain(y, x, z, a, s2, dark=0.0, apart=None):
     """By what factor the noise around each block is stronger than the model says: smooth, about 1, (S,H/8,W/8).
 
