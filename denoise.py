@@ -159,7 +159,7 @@ def even_out(stages, first):
     seen = estimate(stages, [*flags, "--slices", 8], "first.json")
     context = training.load_checkpoint(f"{stages.path(first)}.pt")["model_args"].get("context", 0)
     form = noise.form(json.loads((stages.folder / stages.noise_file).read_text()))
-    if seen["shipped"]["uneven"] < UNEVEN[context] + 0.04 * (form != "gaussian"):  # alike, and correlated: up to 0.098
+    if seen["shipped"]["uneven"] < UNEVEN[context] + 0.04 * (form != "gaussian"):  # alike, and correlated: up to 0.096
         return False
     estimate(stages, [*flags, "--slices", 8, "--noise-map-out", stages.path("map.h5")], "map.json")
     gains = data.read_volumes(stages.path("map.h5"), "gain").values()

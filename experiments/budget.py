@@ -167,15 +167,15 @@ def figure(folder):
                 method = "ours" if method in ("shipped", "tuned") else method
                 lines.setdefault(method, []).append((score["seconds"], score["psnr"]))
     colors = dict(zip(sorted({m for lines in cells.values() for m in lines} - {"ours"}), colormaps["tab20"].colors))
+    colors["ours"] = "black"
     wide = min(2, len(cells))
     fig = Figure(figsize=(4.8 * wide, 3.6 * -(-len(cells) // wide) + 0.8), dpi=90, layout="constrained")
     shown = {}
     for ax, (name, lines) in zip(np.ravel(fig.subplots(-(-len(cells) // wide), wide)), cells.items()):
         for method, points in lines.items():
-            look = dict(color=colors.get(method, "black"), marker="o", markersize=4)
+            look = dict(color=colors[method], marker="o", markersize=4, lw=2.5 if method == "ours" else 1.5)
             if method in CLASSIC:  # the bar: not to be overlooked among lines
                 look |= dict(color=f"C{CLASSIC.index(method)}", marker="D", markersize=7, zorder=3)
-            look |= dict(lw=2.5) if method == "ours" else {}
             shown[method] = ax.plot(*zip(*sorted(points)), label=method, **look)[0]
         top = max(psnr for points in lines.values() for _, psnr in points)
         title = name.replace("-", ", ", 1).replace("-", " ").replace("_", "/")

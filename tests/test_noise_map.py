@@ -73,6 +73,22 @@ def test_what_is_left_of_noise_in_the_dark_is_no_map():
     assert evaluate.estimate(told, {"": y}, model, 4)["uneven"] < 0.07
 
 
+def test_texture_counts_little(monkeypatch):
+    """A denoiser takes off texture, too: it passes for noise, and must not for noise that is uneven."""
+    waves = np.where(np.arange(128) < 96, 0, 0.4) * np.sin(np.arange(128) * np.pi / 2 + 0.4)
+    y = (0.5 + waves + 0.05 * np.random.default_rng(0).standard_normal((1, 128, 128))).astype(np.float32)
+
+    def blur(stack):
+        return torch.from_numpy(gaussian_filter(stack.numpy(), (0, 0, 0.6, 0.6)))
+
+    def seen():
+        return evaluate.estimate(blur, {"": y}, noise.known("gaussian", 0.05), 1)["uneven"]
+
+    found = seen()
+    monkeypatch.setattr(residual, "texture", lambda x: np.zeros((1, 16, 16)))
+    assert found < 0.8 * seen()
+
+
 def test_dark_magnitudes_do_not_count():
     """Near black, the noise of magnitudes is weaker: no reason for a map."""
     model, rng = noise.known("gaussian", 1.0) | dict(dark=3.0), np.random.default_rng(0)
